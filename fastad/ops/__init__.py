@@ -1,0 +1,1 @@
+"""Custom operators: one folder each, judged by its float64 reference."""

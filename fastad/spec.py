@@ -1,0 +1,145 @@
+"""What travels with a model: frozen settings that read from and write to JSON.
+
+The manifest of an engine file is one `Manifest`; a checkpoint's JSON holds one `ModelSpec`.
+Reading validates every field, so a hand-edited or damaged file fails with the field's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+import pydantic
+
+from fastad.errors import EngineError
+
+FORMAT_VERSION = 1  # of the engine file; a reader refuses anything newer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the graph is fed: uint8 RGB [B, H, W, 3], resized by Pillow's bilinear rule.
+
+    ``mean`` and ``std`` apply to values in 0..1 and live inside the graph.
+    """
+
+    size: tuple[int, int]  # (H, W)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resize: Literal["bilinear"] = "bilinear"
+    color: Literal["rgb"] = "rgb"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One trained model: method, its settings, input and what its scores mean."""
+
+    method: str
+    input: InputSpec
+    config: dict[str, Any]  # the method's own settings, enough to rebuild the network
+    categories: tuple[str, ...] = ()
+    map_rule: str = ""  # how the anomaly map is made, for people
+    score_rule: str = ""  # how the raw score is made, for people
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A decision threshold in units of the raw score, and the sample it rests on."""
+
+    value: float
+    median: float  # of the raw scores of the calibration sample
+    count: int  # normal images in the sample
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Split-conformal thresholds from held-out normal images.
+
+    ``map_scale`` is the (low, high) of anomaly map values that heat maps span, fixed for all images.
+    ``uncovered`` names the categories whose own sample is too small: the pooled threshold serves.
+    """
+
+    false_alarm_rate: float  # promised, in 0..1
+    pooled: Threshold
+    per_category: dict[str, Threshold]
+    map_scale: tuple[float, float]
+    uncovered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """One runtime's engine outputs against PyTorch in float32, over real images."""
+
+    runtime: str
+    precision: str
+    images: int
+    map_max: float  # largest absolute map difference / range of the reference maps
+    map_mean: float  # mean absolute map difference / range of the reference maps
+    score_max: float  # largest absolute raw score difference / range of the reference maps
+    decision_flips: int  # images whose side of the threshold changed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One graph inside the engine file."""
+
+    member: str
+    precision: str
+    parity: tuple[ParityReport, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Size and digest of one ZIP member."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The engine file's table of contents."""
+
+    spec: ModelSpec
+    variants: tuple[Variant, ...]
+    calibration: Calibration | None
+    provenance: dict[str, str]
+    members: dict[str, Member] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+@cache
+def _adapter(cls: type[Any]) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(cls)
+
+
+def to_json(value: object) -> str:
+    """JSON text of one of this module's dataclasses, indented, non-finite numbers refused."""
+    adapter = _adapter(type(value))
+    return adapter.dump_json(value, indent=1).decode()
+
+
+def from_json(cls: type[T], text: str | bytes, source: str) -> T:
+    """Read one of this module's dataclasses.
+
+    Args:
+        cls: The dataclass to read.
+        text: JSON text.
+        source: What the text came from; errors name it.
+
+    Raises:
+        EngineError: the text is not JSON, or a field is missing, of another type or unknown.
+    """
+    try:
+        result: T = _adapter(cls).validate_json(text, extra="forbid")
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise EngineError(
+            f"{source}: {where}: {first['msg']}; the file is damaged or was written by another "
+            "version of fastad, export it again"
+        ) from None
+    return result

@@ -1,0 +1,1 @@
+"""Checkpoints written by the methods' authors, read without executing anything in them."""
