@@ -33,8 +33,10 @@ __all__ = [
     "pred_score",
 ]
 
-# Half the spacing of float32 at 1.0: scores are float32, so a smaller spread is no spread.
-SMALLEST_SPREAD = 2.0**-24
+# Half the spacing of float32 at 1.0: scores are float32, so a spread not above it is rounding.
+NO_SPREAD = 2.0**-24
+# What serves instead: 1 % above such a threshold scores 0.95, 10^5 thresholds still do not tie.
+SPREAD_INSTEAD = 2.0**-10
 
 
 def conformal_rank(count: int, false_alarm_rate: float) -> int:
@@ -150,7 +152,7 @@ def pred_score(raw: float, threshold: Threshold) -> float:
     With ``z = (raw - value) / (value - median)`` this is ``0.5 + 0.5 * z / (1 + |z|)``: 0.5 at the
     threshold, 0.25 at the median normal image. Its tails fall like 1 / z, not exponentially, so
     float32 scores keep their order up to 10^8 spreads beyond the threshold. Order is never
-    reversed; still further out scores may tie. Where the sample has no spread, 2^-24 of the
+    reversed; still further out scores may tie. Where the sample has no spread, 2^-10 of the
     threshold serves as spread.
 
     Raises:
@@ -244,7 +246,8 @@ def _threshold(scores: NDArray[np.float64], false_alarm_rate: float) -> Threshol
 
 def _spread(value: float, median: float) -> float:
     """Distance that one unit of z stands for; above 0 even where the sample has none."""
-    return max(value - median, SMALLEST_SPREAD * (abs(value) or 1.0))
+    size = abs(value) or 1.0
+    return value - median if value - median > NO_SPREAD * size else SPREAD_INSTEAD * size
 
 
 def _exact_rate(false_alarm_rate: float) -> Fraction:

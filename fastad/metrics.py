@@ -18,7 +18,7 @@ from fastad.errors import InputError
 
 __all__ = ["ImageMetrics", "PixelMetrics", "PixelScores", "image_scores"]
 
-# 24 bytes a bin: 48 MiB at most. Values spread over 10 binades (0.001 to 1) then still have 2^16
+# 28 bytes a bin: 56 MiB at most. Values spread over 10 binades (0.001 to 1) then still have 2^16
 # bins a binade, relative width 1.5e-5.
 MAX_BINS = 1 << 21
 PAGE_BITS = 16  # low half of a float32 key; the high half (sign, exponent, 7 mantissa bits) pages
@@ -26,6 +26,16 @@ PREFIXES = 1 << (32 - PAGE_BITS)
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+Halves = NDArray[np.uint16]
+
+# One value a bin each: how two bins become one, and what an empty bin holds.
+TABLES = (
+    ("_normal", np.add, 0),
+    ("_anomalous", np.add, 0),
+    ("_overlap", np.add, 0),
+    ("_lowest", np.minimum, (1 << PAGE_BITS) - 1),
+    ("_highest", np.maximum, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class PixelScores:
     """Pixel-level scores in 0..1; all None when the pixels are all normal or all anomalous.
 
     A ``*_bound`` is the largest possible absolute difference to the same score computed without
-    histograms; 0.0 says that no two different values share a bin.
+    histograms; 0.0 says that no bin holds two different values that matter. The bounds of AUROC and
+    AUPRO average over all bins; those of AP and F1max can hang on a single one, most of all when
+    few pixels are anomalous, so read them before comparing close results.
     """
 
     auroc: float | None
@@ -80,17 +92,18 @@ class _Ranking:
         f1max = (2 * self.tp / (P + self.tp + self.fp)).max()
         return float(auroc), float(ap), float(f1max)
 
-    def bounds(self, f1max: float) -> tuple[float, float, float]:
-        """Largest errors of `scores` if the members of a group were not tied after all."""
+    def bounds(self, tied: NDArray[np.bool_], f1max: float) -> tuple[float, float, float]:
+        """Largest errors of `scores` if only these groups are tied and the others only close."""
         P, N = self.tp[-1], self.fp[-1]
         tp_before, fp_before = self.tp - self.positive, self.fp - self.negative
-        auroc = (self.positive * self.negative).sum() / 2 / (P * N)
+        loose = ~tied
+        auroc = (self.positive * self.negative)[loose].sum() / 2 / (P * N)
         # Inside a group a positive is preceded by at best no, at worst all of its negatives.
         highest = self.tp / np.maximum(self.tp + fp_before, 1)
         lowest = (tp_before + 1) / (tp_before + 1 + self.fp)
-        ap = (self.positive * (highest - lowest)).sum() / P
+        ap = (self.positive * (highest - lowest))[loose].sum() / P
         # Thresholds between groups are a subset of all thresholds: the exact value is not lower.
-        f1 = (2 * self.tp / (P + self.tp + fp_before)).max() - f1max
+        f1 = (2 * self.tp / (P + self.tp + fp_before))[loose].max(initial=f1max) - f1max
         return float(auroc), float(ap), float(f1)
 
 
@@ -133,8 +146,9 @@ class PixelMetrics:
     pixels, anomalous pixels, and defect regions (a pixel of a region of area A adds 1 / A). They
     are paged: only prefixes that occur get bins, so maps near 60.0 are kept as exactly as maps near
     0. When the pages outgrow `MAX_BINS`, neighbouring bins are joined; the width that results
-    depends on the values added, not on their order. At most 48 MiB, and up to three times that for
-    a moment. Not thread-safe: give each thread its own and `merge`.
+    depends on the values added, not on their order. Each bin knows its lowest and highest value, so
+    a value that is repeated often (0.0 after a clip) does not count as an error. At most 56 MiB,
+    and up to three times that for a moment. Not thread-safe: give each thread its own and `merge`.
 
     Paper:
         AUPRO: Bergmann et al., The MVTec Anomaly Detection Dataset, IJCV 2021, section 5.2.
@@ -151,6 +165,8 @@ class PixelMetrics:
         self._normal: Counts = np.zeros(0, np.int64)
         self._anomalous: Counts = np.zeros(0, np.int64)
         self._overlap: Floats = np.zeros(0, np.float64)
+        self._lowest: Halves = np.zeros(0, np.uint16)  # low half of the key
+        self._highest: Halves = np.zeros(0, np.uint16)
         self._region_count = 0
 
     def add(
@@ -170,12 +186,15 @@ class PixelMetrics:
         prefix = key >> PAGE_BITS
         self._open_pages(np.flatnonzero(np.bincount(prefix, minlength=PREFIXES)))
         index = self._page_of[prefix] << (PAGE_BITS - self._shift)
-        index += (key & ((1 << PAGE_BITS) - 1)) >> self._shift
+        low_half = key.astype(np.uint16)
+        index += low_half >> self._shift
+        np.minimum.at(self._lowest, index, low_half)
+        np.maximum.at(self._highest, index, low_half)
         bins = len(self._normal)
         if gt_mask is None or not gt_mask.any():
             self._normal += np.bincount(index, minlength=bins)
             return
-        labels, count = connected_components(np.ascontiguousarray(gt_mask))
+        labels, count = connected_components(gt_mask)
         label = labels[gt_mask]
         share = 1.0 / np.bincount(label, minlength=count + 1).clip(min=1)
         defect = index[gt_mask.ravel()]
@@ -191,10 +210,10 @@ class PixelMetrics:
         # This one now has at least the pages of the other, so its bins are at least as wide.
         assert self._shift >= other._shift
         source, target = other._page_of[prefixes], self._page_of[prefixes]
-        for name in ("_normal", "_anomalous", "_overlap"):
+        for name, join, _ in TABLES:
             pages = getattr(other, name).reshape(len(prefixes), -1, 1 << self._shift - other._shift)
             mine = getattr(self, name).reshape(-1, 1 << PAGE_BITS - self._shift)
-            mine[target] += pages[source].sum(axis=2)
+            mine[target] = join(mine[target], join.reduce(pages[source], axis=2))
         self._region_count += other._region_count
 
     def compute(self, fpr_limit: float = 0.3) -> PixelScores:
@@ -215,19 +234,17 @@ class PixelMetrics:
         if N == 0 or P == 0:
             return PixelScores(None, None, None, None, None, None, None, None, *counts)
         rows = self._page_of[self._page_of >= 0][::-1]  # pages from the highest values down
-        normal, anomalous, overlap = (
-            table.reshape(len(rows), -1)[rows, ::-1].ravel()
-            for table in (self._normal, self._anomalous, self._overlap)
+        normal, anomalous, overlap, lowest, highest = (
+            getattr(self, name).reshape(len(rows), -1)[rows, ::-1].ravel() for name, _, _ in TABLES
         )
         occupied = np.flatnonzero(normal + anomalous)
+        tied = lowest[occupied] == highest[occupied]
         ranking = _Ranking.of(anomalous[occupied], normal[occupied])
         scores = ranking.scores()
         fpr = np.concatenate([[0.0], ranking.fp / N])
         pro = np.concatenate([[0.0], np.cumsum(overlap[occupied]) / self._region_count])
-        aupro, aupro_bound = _integrate(fpr, pro, fpr_limit)
-        if self._shift == 0:  # a bin is one float32 value: its ties are real
-            return PixelScores(*scores, aupro, 0.0, 0.0, 0.0, 0.0, *counts)
-        bounds = ranking.bounds(scores[2])
+        aupro, aupro_bound = _integrate(fpr, pro, tied, fpr_limit)
+        bounds = ranking.bounds(tied, scores[2])
         return PixelScores(*scores, aupro, *bounds, aupro_bound, *counts)
 
     def _open_pages(self, prefixes: NDArray[np.intp]) -> None:
@@ -241,9 +258,9 @@ class PixelMetrics:
             shift += 1
         joined = 1 << (shift - self._shift)
         new_bins = len(missing) << (PAGE_BITS - shift)
-        for name in ("_normal", "_anomalous", "_overlap"):
-            table = getattr(self, name).reshape(-1, joined).sum(axis=1)
-            setattr(self, name, np.concatenate([table, np.zeros(new_bins, table.dtype)]))
+        for name, join, empty in TABLES:
+            table = join.reduce(getattr(self, name).reshape(-1, joined), axis=1)
+            setattr(self, name, np.concatenate([table, np.full(new_bins, empty, table.dtype)]))
         self._page_of[missing] = np.arange(opened, opened + len(missing))
         self._shift = shift
 
@@ -255,23 +272,27 @@ def _ordered_key(values: NDArray[np.float32]) -> NDArray[np.uint32]:
     return np.where(bits & sign, ~bits, bits | sign)
 
 
-def _integrate(fpr: Floats, pro: Floats, limit: float) -> tuple[float, float]:
-    """Area under the curve [K] up to the limit, over the limit, and its error bound.
+def _integrate(
+    fpr: Floats,  # [K + 1], from 0, never falling
+    pro: Floats,  # [K + 1], from 0, never falling
+    tied: NDArray[np.bool_],  # [K], of the steps between: a straight line for certain
+    limit: float,
+) -> tuple[float, float]:
+    """Area under the curve up to the limit, over the limit, and its error bound.
 
-    Both arrays start at 0 and never fall. Inside a bin the true curve can be any rising one between
-    the same corners: half the bin's rectangle away from the straight line, and the whole of it in
-    the bin that the limit cuts.
+    Inside a bin that is not tied the true curve can be any rising one between the same corners:
+    half the bin's rectangle away from the straight line, all of it in the bin that the limit cuts.
     """
     last = int(np.searchsorted(fpr, limit, side="right"))  # first point beyond the limit
     width, rise = np.diff(fpr[:last]), np.diff(pro[:last])
     area = float((width * (pro[1:last] - rise / 2)).sum())
-    error = float((width * rise).sum()) / 2
+    error = float((width * rise)[~tied[: last - 1]].sum()) / 2
     if last < len(fpr):
         width_cut = limit - fpr[last - 1]
         rise_cut = pro[last] - pro[last - 1]
         rise_at_limit = rise_cut * width_cut / (fpr[last] - fpr[last - 1])
         area += float(width_cut * (pro[last - 1] + rise_at_limit / 2))
-        error += float(width_cut * rise_cut)
+        error += 0.0 if tied[last - 1] else float(width_cut * rise_cut)
     return area / limit, error / limit
 
 

@@ -1,7 +1,7 @@
 """From anything that shows an image to uint8 RGB at model size, by Pillow's bilinear rule.
 
-A file or a PIL image carries its own channel order. An array is RGB unless ``color`` says otherwise,
-and its dtype alone decides its range:
+A file or a PIL image carries its own channel order. An array is RGB unless ``color`` says
+otherwise, and its dtype alone decides its range:
 
 ============  ===============================================================
 uint8         0..255
@@ -40,6 +40,8 @@ ValueRange = tuple[float, float]  # (low, high) in grey levels: black and white
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _HOST_DEVICES = {1, 3, 11}  # DLPack: CPU, and host memory pinned by CUDA or ROCm
+_FOLDER = "is a folder, expected an image file; fastad.preprocess.expand lists its images"
+_MISSING = "no such file; fastad.preprocess.expand takes patterns"
 _ACCEPTED = "a path, a PIL image, an array or tensor, or a list of these"
 
 
@@ -47,8 +49,8 @@ _ACCEPTED = "a path, a PIL image, an array or tensor, or a list of these"
 class Frame:
     """One decoded image, ready for `to_batch`.
 
-    ``pixels`` is uint8 [H, W] or [H, W, 3], C-contiguous. It may share memory with the caller's
-    array, so it is used before the call that made it returns.
+    ``pixels`` is uint8 [H, W], [H, W, 3] or [H, W, 4], the fourth channel without meaning. It may
+    be a view of the caller's array, with any strides.
     """
 
     pixels: NDArray[np.uint8]
@@ -92,7 +94,9 @@ class Source:
         return Frame(pixels, swap_red_blue=self.color == "bgr" and pixels.ndim == 3)
 
 
-def read_image(path: str | os.PathLike[str], value_range: ValueRange | None = None) -> Any:
+def read_image(
+    path: str | os.PathLike[str], value_range: ValueRange | None = None
+) -> NDArray[np.uint8]:
     """Read an image file as grey or RGB.
 
     Alpha is dropped. EXIF orientation is not applied: training reads files the same way, so a model
@@ -102,17 +106,18 @@ def read_image(path: str | os.PathLike[str], value_range: ValueRange | None = No
     Args:
         path: Any file that Pillow reads.
         value_range: Grey levels (low, high) that become 0 and 255, for files of 16-bit, 32-bit or
-            float grey levels, which need it. Linear, rounded half to even, clipped.
+            float grey levels, which need it. Linear, rounded half to even, clipped. 8-bit files
+            are left alone.
 
     Returns:
         uint8 [H, W] for grey files, [H, W, 3] RGB for all others. Read-only.
 
     Raises:
         InputError: the file is missing, is a folder, is no image, is damaged or truncated, is
-            larger than Pillow's limit for trusted files, or ``value_range`` is missing or has no
-            use. The message names the path.
+            larger than Pillow's limit for trusted files, or needs a ``value_range``. The message
+            names the path.
     """
-    _check_value_range(value_range)
+    check_value_range(value_range)
     return _file_pixels(read_levels(path), value_range, os.fspath(path))
 
 
@@ -144,7 +149,8 @@ def collect(
             are 1, 3 or 4; the fourth is dropped.
         color: Channel order of arrays and tensors. "gray" demands one channel.
         value_range: Grey levels (low, high) that become 0 and 255 in uint16 arrays and in files of
-            more than 8 bits. Other dtypes have a fixed range and refuse it.
+            more than 8 bits. It leaves 8-bit files, uint8 and float arrays alone: their range is
+            fixed.
 
     Returns:
         The sources in order, and whether a single image came in (so that one result goes out).
@@ -160,7 +166,7 @@ def collect(
     """
     if color not in get_args(Color):
         raise InputError(f"color: expected one of {list(get_args(Color))}, got {color!r}")
-    _check_value_range(value_range)
+    check_value_range(value_range)
     if isinstance(images, list | tuple):
         named = [(item, f"images[{i}]") for i, item in enumerate(images)]
         return [_source(item, name, color, value_range) for item, name in named], False
@@ -180,8 +186,10 @@ def to_batch(
 ) -> NDArray[np.uint8]:
     """Resize frames straight into one batch: uint8 RGB [B, H, W, 3].
 
-    Equal byte for byte to Pillow's ``convert("RGB").resize((W, H), BILINEAR)``; a frame that has
-    the model's size already is copied.
+    Equal byte for byte to Pillow's ``convert("RGB").resize((W, H), BILINEAR)``, horizontal pass
+    first. So does Pillow up to 12; Pillow 13 takes the vertical pass first where the height shrinks
+    much more than the width, which moves some bytes by 1 (python-pillow/Pillow#9549). A frame that
+    has the model's size already is copied.
 
     Args:
         frames: B decoded images of any sizes.
@@ -223,25 +231,26 @@ def expand(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
         raise InputError(f"sources: expected a list of paths, got one path; pass [{sources!r}]")
     found: list[Path] = []
     for source in sources:
-        path = Path(source)
+        path, pattern = Path(source), os.fspath(source)
         if path.is_dir():
-            images = sorted(_walk(path, set()), key=natural_key)
+            images = _walk(path, set())
         elif path.exists():
             images = [path]
-        elif glob.has_magic(os.fspath(source)):
-            matches = (Path(match) for match in glob.glob(os.fspath(source), recursive=True))
-            images = sorted((match for match in matches if _is_image(match)), key=natural_key)
+        elif glob.has_magic(pattern):
+            # Path.glob takes no absolute pattern.
+            matches = glob.glob(pattern, recursive=True)  # noqa: PTH207
+            images = [path for path in map(Path, matches) if _is_image(path)]
         else:
             raise InputError(f"{path}: no such file or folder")
         if not images:
             raise InputError(f"{path}: no images here; accepted are {', '.join(IMAGE_SUFFIXES)}")
-        found += images
+        found += sorted(images, key=natural_key)
     return found
 
 
 def list_images(folder: Path) -> list[Path]:
     """Images directly in a folder, by suffix in any case, hidden ones left out, natural order."""
-    return sorted((entry for entry in folder.iterdir() if _is_image(entry)), key=natural_key)
+    return sorted((e for e in _entries(folder) if _is_image(e)), key=natural_key)
 
 
 def natural_key(path: Path) -> tuple[tuple[tuple[str | int, ...], str], ...]:
@@ -265,22 +274,22 @@ def _is_image(path: Path) -> bool:
     return named and not path.is_dir()
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+def _walk(folder: Path, seen: set[Path]) -> list[Path]:
     """Images in and below a folder; links may lead in circles."""
-    real = folder.resolve()
-    if real in seen:
-        return
-    seen.add(real)
+    if folder.resolve() in seen:
+        return []
+    seen.add(folder.resolve())
+    # Natural order here too: it decides by which of two links a folder is reached.
+    entries = [e for e in sorted(_entries(folder), key=natural_key) if not e.name.startswith(".")]
+    below = [image for e in entries if e.is_dir() for image in _walk(e, seen)]
+    return below + [e for e in entries if _is_image(e)]
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
-        entries = sorted(folder.iterdir(), key=natural_key)
+        return list(folder.iterdir())
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
-    for entry in entries:
-        if entry.is_dir():
-            if not entry.name.startswith("."):
-                yield from _walk(entry, seen)
-        elif _is_image(entry):
-            yield entry
 
 
 @contextmanager
@@ -290,25 +299,22 @@ def _decoder_errors(name: str) -> Iterator[None]:
         yield
     except FastadError:
         raise
-    # Damaged files make Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
-    # IndexError and more: https://github.com/python-pillow/Pillow/issues/3350
+    # Which class a damaged file raises depends on where the damage is: OSError, SyntaxError,
+    # IndexError (python-pillow/Pillow#6430), struct.error (python-pillow/Pillow#6252) and others.
     except Exception as error:
         raise InputError(f"{name}: {_reason(Path(name), error)}") from None
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
     if path.is_dir():
-        return "is a folder, expected an image file; fastad.preprocess.expand lists its images"
+        return _FOLDER
     if isinstance(error, UnidentifiedImageError):
-        empty = path.is_file() and path.stat().st_size == 0
-        return "the file is empty" if empty else "is not an image that Pillow can read"
+        return "is not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return (
-            f"too large to be trusted: {error}; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
-        )
-    return f"the image is damaged or truncated: {error or type(error).__name__}"
+        return f"is too large to trust: {error}; if you do, raise PIL.Image.MAX_IMAGE_PIXELS"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {error.strerror}"
+    return f"is damaged or truncated: {error or type(error).__name__}"
 
 
 def _levels(image: Image.Image) -> NDArray[Any]:
@@ -329,7 +335,6 @@ def _file_pixels(
     if levels.size == 0:
         raise InputError(f"{name}: the image is empty: {_describe(levels)}")
     if levels.dtype == np.uint8:
-        _refuse_value_range(value_range, f"{name}: 8-bit images")
         return levels
     return _scaled(levels, value_range, name)
 
@@ -337,37 +342,46 @@ def _file_pixels(
 def _array_pixels(
     array: NDArray[Any], value_range: ValueRange | None, name: str
 ) -> NDArray[np.uint8]:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    # The resize passes over a fourth channel in place, which spares cameras a copy.
+    if array.dtype == np.uint8:
+        return array
     if array.ndim == 3:
-        array = array[..., 0] if array.shape[2] == 1 else array[..., :3]
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = _scaled(array, value_range, name)
-    elif array.dtype.kind == "f":
-        low, high = array.min(), array.max()
-        # NaN fails both comparisons, and min and max hand it on.
-        if not (low >= 0 and high <= 1):
-            raise InputError(
-                f"{name}: expected {array.dtype} in 0..1, got {low:g}..{high:g}; divide by the "
-                "range of your camera, or pass uint8 or uint16"
-            )
-        # float16 has too few bits for 255 levels and their halves.
-        wide = np.promote_types(array.dtype, np.float32)
-        array = np.rint(array.astype(wide) * wide.type(255)).astype(np.uint8)
-    return np.ascontiguousarray(array)
+        array = array[..., :3]
+    if array.dtype.kind == "u":
+        return _scaled(array, value_range, name)
+    low, high = array.min(), array.max()
+    # NaN fails both comparisons, and min and max hand it on.
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"{name}: expected {array.dtype} in 0..1, got {low:g}..{high:g}; divide by the range "
+            "of your camera, or pass uint8 or uint16"
+        )
+    # float16 has too few bits for 255 levels and their halves.
+    wide = np.promote_types(array.dtype, np.float32)
+    scaled = np.multiply(array, wide.type(255), dtype=wide)
+    pixels: NDArray[np.uint8] = np.rint(scaled, out=scaled).astype(np.uint8)
+    return pixels
 
 
 def _scaled(levels: NDArray[Any], value_range: ValueRange | None, name: str) -> NDArray[np.uint8]:
     """Grey levels to 0..255 by the declared range."""
     if value_range is None:
-        raise InputError(
-            f"{name}: holds {levels.dtype} grey levels from {levels.min():g} to {levels.max():g}, "
-            "and which of them are black and white must be declared: pass value_range=(low, high), "
-            "for example (0, 4095) for a 12-bit camera"
-        )
+        raise _undeclared(levels, name)
     if levels.dtype.kind == "u":
-        return _level_table(*value_range)[levels]
+        return np.take(_level_table(*value_range), levels)
     if not np.isfinite(levels).all():
         raise InputError(f"{name}: expected finite grey levels, got NaN or infinity")
     return _to_uint8(levels, *value_range)
+
+
+def _undeclared(levels: NDArray[Any], name: str) -> InputError:
+    return InputError(
+        f"{name}: holds {levels.dtype} grey levels from {levels.min():g} to {levels.max():g}, and "
+        "which of them are black and white must be declared: pass value_range=(low, high), for "
+        "example (0, 4095) for a 12-bit camera"
+    )
 
 
 @lru_cache(maxsize=8)
@@ -385,9 +399,8 @@ def _source(item: object, name: str, color: Color, value_range: ValueRange | Non
     """One checked image."""
     if isinstance(item, str | os.PathLike):
         path = Path(item)
-        if not path.is_file():
-            missing = FileNotFoundError() if not path.exists() else OSError("not a regular file")
-            raise InputError(f"{name}: {path}: {_reason(path, missing)}")
+        if not path.is_file() and (path.is_dir() or not path.exists()):
+            raise InputError(f"{name}: {path}: {_FOLDER if path.is_dir() else _MISSING}")
         return Source(path, os.fspath(path), color, value_range)
     if isinstance(item, Image.Image):
         if 0 in item.size:
@@ -417,13 +430,10 @@ def _as_array(item: object, name: str) -> NDArray[Any] | None:
     channels_first = any(c.__module__ == "torch" and c.__name__ == "Tensor" for c in bases)
     try:
         if hasattr(tensor, "__dlpack_device__"):
-            device = tensor.__dlpack_device__()[0]
-            if device not in _HOST_DEVICES:
+            device = tensor.__dlpack_device__()
+            if device[0] not in _HOST_DEVICES:
                 where = getattr(tensor, "device", f"DLPack device {device}")
-                raise UnsupportedError(
-                    f"{name}: expected memory of the host, got a tensor on {where}; "
-                    "pass it through .cpu()"
-                )
+                raise UnsupportedError(f"{name}: a tensor on {where}; copy it with .cpu() first")
         if channels_first:
             tensor = tensor.detach()
         array = np.asarray(tensor) if hasattr(tensor, "__array__") else np.from_dlpack(tensor)
@@ -454,15 +464,15 @@ def _check_array(
     if array.size == 0:
         raise InputError(f"{name}: the image is empty: {got}")
     if color == "gray" and array.ndim > 2 and array.shape[-1] != 1:
-        raise InputError(f'{name}: color="gray" expects one channel, got {got}; pass "rgb" or "bgr"')
-    if kind == "u" and itemsize == 2:
-        if value_range is None:
-            _scaled(array, None, name)
-    else:
-        _refuse_value_range(value_range, f"{name}: {array.dtype} arrays")
+        raise InputError(
+            f'{name}: color="gray" expects one channel, got {got}; pass "rgb" or "bgr"'
+        )
+    if kind == "u" and itemsize == 2 and value_range is None:
+        raise _undeclared(array, name)
 
 
-def _check_value_range(value_range: ValueRange | None) -> None:
+def check_value_range(value_range: ValueRange | None) -> None:
+    """Refuse anything but None or two finite grey levels, the lower one first."""
     if value_range is None:
         return
     try:
@@ -473,14 +483,6 @@ def _check_value_range(value_range: ValueRange | None) -> None:
         raise InputError(
             f"value_range: expected two finite grey levels (low, high), low < high, "
             f"got {value_range!r}"
-        )
-
-
-def _refuse_value_range(value_range: ValueRange | None, what: str) -> None:
-    if value_range is not None:
-        raise InputError(
-            f"{what} have a fixed range, got value_range={value_range}; it serves uint16 arrays "
-            "and files of more than 8 bits, leave it out here"
         )
 
 

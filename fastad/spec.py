@@ -6,13 +6,15 @@ Reading validates every field, so a hand-edited or damaged file fails with the f
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar
 
 import pydantic
+from pydantic_core import to_jsonable_python
 
-from fastad.errors import EngineError
+from fastad.errors import EngineError, InputError
 
 FORMAT_VERSION = 1  # of the engine file; a reader refuses anything newer
 
@@ -23,7 +25,8 @@ T = TypeVar("T")
 class InputSpec:
     """What the graph is fed: uint8 RGB [B, H, W, 3], resized by Pillow's bilinear rule.
 
-    ``mean`` and ``std`` apply to values in 0..1 and live inside the graph.
+    ``mean`` and ``std`` apply to values in 0..1 and live inside the graph. ``value_range`` holds
+    the grey levels that become 0 and 255 for cameras of more than 8 bits.
     """
 
     size: tuple[int, int]  # (H, W)
@@ -31,6 +34,7 @@ class InputSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resize: Literal["bilinear"] = "bilinear"
     color: Literal["rgb"] = "rgb"
+    value_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,19 @@ def _adapter(cls: type[Any]) -> pydantic.TypeAdapter[Any]:
 
 
 def to_json(value: object) -> str:
-    """JSON text of one of this module's dataclasses, indented, non-finite numbers refused."""
-    adapter = _adapter(type(value))
-    return adapter.dump_json(value, indent=1).decode()
+    """JSON text of one of this module's dataclasses, indented.
+
+    Raises:
+        InputError: a number is not finite, or a value has no JSON.
+    """
+    try:
+        # a type adapter would turn NaN and infinity inside ``config`` into null
+        plain = to_jsonable_python(value, inf_nan_mode="constants")
+        return json.dumps(plain, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise InputError(
+            f"{type(value).__name__}: {error}; use finite numbers and plain values"
+        ) from None
 
 
 def from_json(cls: type[T], text: str | bytes, source: str) -> T:

@@ -1,10 +1,13 @@
-"""Argument checks of the operators, spelled in the shape letters of their docstrings."""
+"""Argument checks of the operators, and the rule for when a kernel stands for its reference."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastad.errors import InputError
+from fastad.errors import InputError, UnsupportedError
+
+INT32_MAX = 2**31 - 1
 
 
 def check_rank(name: str, tensor: Tensor, letters: str) -> None:
@@ -32,3 +35,38 @@ def check_like(name: str, tensor: Tensor, other: Tensor, *, shape: bool = True) 
             raise InputError(
                 f"{name}: expected {what} {getattr(other, what)}, got {getattr(tensor, what)}"
             )
+
+
+def runs_registered(*tensors: Tensor) -> bool:
+    """Whether a call goes to the registered operator, or to its reference in standard operations.
+
+    Training needs the reference's gradient, and an exported graph its standard operations.
+    """
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def require(reason: str | None) -> None:
+    """Turn a kernel's ``why_unsupported`` into the refusal itself.
+
+    Raises:
+        UnsupportedError: there is a reason.
+    """
+    if reason is not None:
+        raise UnsupportedError(reason)
+
+
+def why_unsupported_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """A dtype that the kernel has no form for, in a sentence."""
+    if tensor.dtype in dtypes:
+        return None
+    known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return f"{name}: the CUDA kernel takes {known}, got {tensor.dtype}; cast it, or use reference"
+
+
+def why_unsupported_strides(name: str, tensor: Tensor) -> str | None:
+    """Strides beyond int32, the only scalars that every launcher can pass, in a sentence."""
+    if max(tensor.stride(), default=0) <= INT32_MAX:
+        return None
+    return f"{name}: strides {tensor.stride()} exceed {INT32_MAX} elements; split the batch"

@@ -1,0 +1,237 @@
+"""The benchmark harness: interleaved timing, a description of the machine, result files, tables.
+
+Variants of one comparison take turns (A B C A B C ...), so that a machine that slows down or is
+shared slows all of them; ratios are formed within a round and their median is reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+PACKAGES = (
+    "numpy",
+    "openvino",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "opencv-python",
+    "opencv-python-headless",
+    "pillow",
+    "tensorrt",
+    "torch",
+    "triton",
+)
+
+# Above this share of the cores in the 1-minute load average, other work disturbs the figures.
+IDLE_LOAD_PER_CORE = 0.25
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock times of one variant.
+
+    ``ratio`` says how many times as fast as the baseline: median over rounds of baseline time /
+    own time; 1.0 for the baseline itself, None if no baseline was named.
+    """
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    runs: int
+    ratio: float | None
+
+
+def compare(
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 50,
+    warmup: int = 5,
+    baseline: str | None = None,
+    budget_s: float | None = None,
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Time callables in turns.
+
+    Args:
+        variants: What to time, by name; a round calls each once, in this order.
+        rounds: Timed rounds, each giving every variant one measurement.
+        warmup: Rounds before that, not timed.
+        baseline: The variant whose time the ratios are relative to.
+        budget_s: Stop early, after at least three rounds, when the timed rounds took this long.
+        synchronize: Called inside the timed region after the variant, to wait for a device.
+
+    Raises:
+        ValueError: no variants, fewer than one round, or a baseline that is not among them.
+    """
+    if not variants or rounds < 1:
+        raise ValueError(f"expected variants and rounds, got {len(variants)} and {rounds}")
+    if baseline is not None and baseline not in variants:
+        raise ValueError(f"baseline: expected one of {sorted(variants)}, got {baseline!r}")
+    for _ in range(warmup):
+        for call in variants.values():
+            _time_ns(call, synchronize)
+    times_ns: dict[str, list[int]] = {name: [] for name in variants}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(rounds):
+            if budget_s is not None and done >= 3 and time.perf_counter() - start > budget_s:
+                break
+            for name, call in variants.items():
+                times_ns[name].append(_time_ns(call, synchronize))
+    finally:
+        if collecting:
+            gc.enable()
+    base = times_ns[baseline] if baseline is not None else None
+    return {name: _timing(times, base) for name, times in times_ns.items()}
+
+
+def _time_ns(call: Callable[[], object], synchronize: Callable[[], object] | None) -> int:
+    start = time.perf_counter_ns()
+    call()
+    if synchronize is not None:
+        synchronize()
+    return time.perf_counter_ns() - start
+
+
+def _timing(times_ns: Sequence[int], base_ns: Sequence[int] | None) -> Timing:
+    ordered = sorted(times_ns)
+
+    def percentile_ms(percent: int) -> float:
+        # Nearest rank: a time that was measured, never one between two.
+        rank = -(-percent * len(ordered) // 100)
+        return ordered[max(rank, 1) - 1] / 1e6
+
+    ratio = None
+    if base_ns is not None:
+        ratio = statistics.median(b / max(t, 1) for b, t in zip(base_ns, times_ns, strict=True))
+    return Timing(percentile_ms(50), percentile_ms(90), percentile_ms(99), len(times_ns), ratio)
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine and checkout; call it before timing, for its load average."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    cores = _cores()
+    versions = {name: _version(name) for name in ("fastad", *PACKAGES)}
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name, version in versions.items() if version is not None},
+        "commit": _commit(),
+        "load_1min_before": load,
+        "idle_before": None if load is None else load <= IDLE_LOAD_PER_CORE * cores,
+    }
+
+
+def write_result(
+    suite: str,
+    payload: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    results: Path = RESULTS,
+) -> Path:
+    """Write ``results/<version>/<suite>--<machine>--<device>.json`` and return its path.
+
+    The file holds ``payload`` plus suite, device and machine, and replaces an older one whole.
+
+    Args:
+        suite: Name of the suite.
+        payload: What was measured; JSON values only.
+        about: What `machine` returned before the timing; asked now if not given.
+        device: What ran it: "cpu", or the GPU's name.
+        results: Folder for all versions.
+    """
+    about = machine() if about is None else about
+    name = f"{suite}--{_slug(about['cpu'])}-{about['cores']}-cores--{_slug(device)}.json"
+    path = results / (_version("fastad") or "unreleased") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"suite": suite, "device": device, "machine": dict(about), **payload}
+    beside = path.with_suffix(f".{os.getpid()}.part")
+    beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
+    """Print rows as a table whose columns are the keys of the first row, numbers to the right."""
+    if not rows:
+        return
+    printed = rich.table.Table(title=title or None, box=rich.box.SIMPLE_HEAD)
+    for key, value in rows[0].items():
+        printed.add_column(key, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        printed.add_row(*(_cell(row.get(key)) for key in rows[0]))
+    rich.console.Console().print(printed)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout, with "+changes" if files differ from it; None without git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _slug(text: str) -> str:
+    text = re.sub(r"\((r|tm)\)", "", text.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-")

@@ -1,0 +1,14 @@
+"""The export layer: a checkpoint becomes one engine file, compared with PyTorch before it is kept.
+
+Import name `fastad.export`; the folder lies beside `fastad/` so that inference code cannot reach
+it by accident.
+"""
+
+if __name__ != "fastad.export":
+    raise ImportError(f"this package is fastad.export, not {__name__}; import fastad.export")
+
+from .engine import export_engine
+from .parity import MAP_LIMIT
+from .to_onnx import OPSET, to_onnx
+
+__all__ = ["MAP_LIMIT", "OPSET", "export_engine", "to_onnx"]

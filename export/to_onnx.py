@@ -1,0 +1,81 @@
+"""One ONNX graph for every runtime: uint8 images in, anomaly map and raw score out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import cast
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from fastad.errors import UnsupportedError
+from fastad.models.registry import Method
+
+OPSET = 18  # the newest that every runtime here takes in float32
+
+
+class DeployedGraph(nn.Module):
+    """A method behind the graph contract: normalisation inside, two named outputs."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        mean, std = torch.tensor(method.input.mean), torch.tensor(method.input.std)
+        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """``image`` uint8 [B, H, W, 3] RGB; map float32 [B, H, W], raw score float32 [B]."""
+        x = image.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        return cast(tuple[Tensor, Tensor], self.method(x))
+
+
+def to_onnx(method: Method) -> bytes:
+    """Serialised ONNX model with a dynamic batch, checked by ``onnx.checker``.
+
+    Args:
+        method: A trained method; it is put into eval mode.
+
+    Raises:
+        UnsupportedError: torch cannot express the method as a graph.
+    """
+    graph = DeployedGraph(method).eval()
+    H, W = method.input.size
+    example = torch.zeros(2, H, W, 3, dtype=torch.uint8)
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    try:
+        exporter_log.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # about the exporter's own internals
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["anomaly_map", "raw_score"],
+                dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=1 << 16)}},
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(f"{method.name}: torch cannot export it: {error}") from error
+    finally:
+        exporter_log.setLevel(level)
+        method.eval()  # exporters may restore another training flag
+    assert program is not None
+    model = program.model_proto
+    model.producer_name, model.doc_string = "fastad", f"{method.name}: {method.score_rule}"
+    for node in model.graph.node:  # traces of the exporting machine have no place in a product
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.initializer):
+        del value.metadata_props[:]
+    onnx.checker.check_model(model, full_check=True)
+    return cast(bytes, model.SerializeToString())

@@ -1,0 +1,87 @@
+"""OpenVINO on CPUs: the base runtime, and the fastest measured there."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from fastad.engine.base import Outputs, Precision, core_count
+from fastad.errors import EngineError, UnsupportedError
+
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def why_unsupported(precision: Precision) -> str | None:
+    """Why this machine cannot run ``precision`` here, or None if it can."""
+    if precision == "bf16":
+        able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in able:
+            return "openvino bf16: this CPU has no BF16 instructions (AVX512-BF16 or AMX)"
+    return None
+
+
+class OpenVINORuntime:
+    """A compiled model with one inference request per concurrent caller.
+
+    Owns the requests and their buffers; `close` drops them. The precision is always stated:
+    OpenVINO would choose bfloat16 by itself where the CPU has it.
+
+    Args:
+        graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``.
+        precision: ``fp32`` or ``bf16``.
+        threads: Cores to use; None takes all that the process may use.
+
+    Raises:
+        UnsupportedError: this CPU cannot run the precision.
+        EngineError: OpenVINO refuses the graph.
+    """
+
+    name = "openvino"
+
+    def __init__(self, graph: bytes, precision: Precision, threads: int | None = None) -> None:
+        reason = why_unsupported(precision)
+        if reason:
+            raise UnsupportedError(f"{reason}; use precision='fp32'")
+        self.precision: Precision = precision
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads or core_count(),
+        }
+        try:
+            core = ov.Core()
+            self._model = core.compile_model(core.read_model(graph), "CPU", config)
+        except RuntimeError as error:
+            raise EngineError(f"openvino: refuses the graph: {_last_line(error)}") from error
+        self._requests: queue.LifoQueue[ov.InferRequest] = queue.LifoQueue()
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run one batch; see `fastad.engine.base.Runtime`."""
+        try:
+            request = self._requests.get_nowait()
+        except queue.Empty:
+            request = self._model.create_infer_request()
+        try:
+            request.infer([np.ascontiguousarray(images)], share_inputs=True)
+            anomaly_map = request.get_tensor("anomaly_map").data.copy()
+            raw_score = request.get_tensor("raw_score").data.copy()
+        except RuntimeError as error:
+            raise EngineError(f"openvino: run failed: {_last_line(error)}") from error
+        finally:
+            self._requests.put(request)
+        return anomaly_map, raw_score
+
+    def close(self) -> None:
+        """Drop all requests and the compiled model."""
+        while not self._requests.empty():
+            self._requests.get_nowait()
+        del self._model
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

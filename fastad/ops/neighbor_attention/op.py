@@ -1,0 +1,82 @@
+"""Registration of ``fastad::neighbor_attention``: schema, fake, one implementation per device."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastad.ops.check import require, why_unsupported_dtype, why_unsupported_strides
+from fastad.ops.neighbor_attention import reference
+
+NAME = "fastad::neighbor_attention"
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 128  # above, a tile of keys and values leaves 48 KiB of shared memory
+
+torch.library.define(
+    NAME, "(Tensor q, Tensor k, Tensor v, int[2] grid, int[2] window) -> Tensor"
+)
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """[B, heads, N, D] that lies as [B, N, heads, D], so that merging the heads copies nothing."""
+    B, heads, N, D = q.shape
+    return q.new_empty(B, N, heads, D).transpose(1, 2)
+
+
+def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the CUDA kernel cannot serve these checked arguments; None when it can."""
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"{name}: expected stride 1 along D, got {tensor.stride()}; use .contiguous()"
+        if reason := why_unsupported_strides(name, tensor):
+            return reason
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"q: the CUDA kernel takes D up to {MAX_HEAD_DIM}, got {q.shape[-1]}; use reference"
+    return why_unsupported_dtype("q", q, KERNEL_DTYPES)
+
+
+@torch.library.impl(NAME, "CompositeExplicitAutograd")
+def _anywhere(q: Tensor, k: Tensor, v: Tensor, grid: list[int], window: list[int]) -> Tensor:
+    out = reference.neighbor_attention(q, k, v, _pair(grid), _pair(window))
+    return empty_output(q).copy_(out)
+
+
+@torch.library.impl(NAME, "CPU")
+def _cpu(q: Tensor, k: Tensor, v: Tensor, grid: list[int], window: list[int]) -> Tensor:
+    # Blocked by torch: level with the reference at 196 tokens, several times faster at 3136.
+    mask = _bias(_pair(grid), _pair(window), q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.library.impl(NAME, "CUDA")
+def _cuda(q: Tensor, k: Tensor, v: Tensor, grid: list[int], window: list[int]) -> Tensor:
+    require(why_unsupported(q, k, v))
+    # Imported by the first call that needs it: no machine without CUDA pays for triton.
+    from fastad.ops.neighbor_attention import triton_impl
+
+    out = empty_output(q)
+    triton_impl.neighbor_attention(q, k, v, _pair(grid), _pair(window), out)
+    return out
+
+
+@torch.library.register_fake(NAME)
+def _fake(q: Tensor, k: Tensor, v: Tensor, grid: list[int], window: list[int]) -> Tensor:
+    return empty_output(q)
+
+
+@lru_cache(maxsize=8)
+def _bias(grid: tuple[int, int], window: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    """[N, N], -inf inside the window; a float mask, because torch's Boolean one is slower."""
+    if min(window) == 0:
+        return None
+    N = grid[0] * grid[1]
+    hidden = reference.neighbor_mask(grid, window)
+    return torch.zeros(N, N, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return values[0], values[1]

@@ -1,0 +1,168 @@
+"""The result of looking at one image."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastad import _native
+from fastad.errors import InputError
+from fastad.postprocess import Region, find_regions, overlay
+from fastad.preprocess import Source
+
+
+class Prediction:
+    """Verdict, scores and map of one image; everything of image size is made on first access.
+
+    Holds a reference to the caller's array or path (for `plot`), never a copy of the pixels.
+
+    Attributes:
+        raw_score: The method's own value, unclipped.
+        pred_score: Calibrated, in (0, 1), 0.5 at the threshold, order of ``raw_score``; None
+            without calibration.
+        threshold: The value that was applied, in units of ``raw_score``; None if there is none.
+        pred_label: True for anomalous (score above the threshold, a tie is normal); None without
+            a threshold.
+        category: As given to ``predict``.
+        path: The file, or None for an image from memory.
+        orig_shape: (H, W) of the original image.
+        model_map: float32 at model size [H, W], straight from the graph.
+        speed: Milliseconds per image: ``preprocess``, ``inference``, ``postprocess``.
+    """
+
+    def __init__(
+        self,
+        *,
+        raw_score: float,
+        pred_score: float | None,
+        threshold: float | None,
+        category: str | None,
+        source: Source,
+        orig_shape: tuple[int, int],
+        model_map: NDArray[np.float32],
+        map_scale: tuple[float, float] | None,
+        speed: dict[str, float],
+    ) -> None:
+        self.raw_score = raw_score
+        self.pred_score = pred_score
+        self.threshold = threshold
+        self.pred_label = None if threshold is None else raw_score > threshold
+        self.category = category
+        self.orig_shape = orig_shape
+        self.model_map = model_map
+        self.speed = speed
+        self._source = source
+        self._map_scale = map_scale
+
+    @property
+    def path(self) -> Path | None:
+        """The image file, or None."""
+        return self._source.path
+
+    @cached_property
+    def anomaly_map(self) -> NDArray[np.float32]:
+        """float32 [H, W] at original size: ``model_map`` bilinearly resized, equal if same size."""
+        return _native.resize_map(self.model_map, self.orig_shape)
+
+    @cached_property
+    def pred_mask(self) -> NDArray[np.bool_]:
+        """bool [H, W] at original size: pixels in the upper half of the calibrated map scale.
+
+        A normal image has such pixels in 1 % of cases: the middle of the scale is the 99th
+        percentile of the map's maximum over the calibration images.
+
+        Raises:
+            InputError: the engine is not calibrated; use ``mask_at(value)``.
+        """
+        if self._map_scale is None:
+            raise InputError(
+                "pred_mask: the engine has no calibration; run `fastad calibrate`, or call "
+                "mask_at(value) with a map value"
+            )
+        return self.mask_at((self._map_scale[0] + self._map_scale[1]) / 2)
+
+    def mask_at(self, value: float) -> NDArray[np.bool_]:
+        """bool [H, W] at original size: anomaly map above ``value``."""
+        return _native.threshold_mask(self.anomaly_map, value)
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """Connected parts of ``pred_mask``, highest peak first."""
+        return find_regions(self.anomaly_map, self.pred_mask)
+
+    def plot(self, *, per_image_scale: bool = False) -> NDArray[np.uint8]:
+        """uint8 RGB [H, W, 3]: the image with its heat map and the outline of the mask.
+
+        Args:
+            per_image_scale: Spread the colours over this image's own map instead of the calibrated
+                scale. Normal images then show red; it is also what is done without calibration.
+
+        Raises:
+            InputError: the image came from a file that is gone.
+        """
+        frame = self._source.frame()
+        image = frame.pixels if frame.pixels.ndim == 3 else frame.pixels[..., None].repeat(3, 2)
+        image = image[..., 2::-1] if frame.swap_red_blue else image[..., :3]
+        if self._map_scale is None or per_image_scale:
+            low, high = float(self.anomaly_map.min()), float(self.anomaly_map.max())
+            return overlay(image, self.anomaly_map, (low, high if high > low else low + 1.0))
+        return overlay(image, self.anomaly_map, self._map_scale, self.pred_mask)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `plot` as an image file, beside and renamed; returns the path.
+
+        Raises:
+            InputError: the suffix is no image format, or the folder cannot be written.
+        """
+        path = Path(path)
+        save_image(self.plot(), path)
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: scores, verdict, regions, provenance, timing; no pixels."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "category": self.category,
+            "raw_score": self.raw_score,
+            "pred_score": self.pred_score,
+            "threshold": self.threshold,
+            "pred_label": self.pred_label,
+            "orig_shape": list(self.orig_shape),
+            "regions": None
+            if self._map_scale is None
+            else [
+                {"box": list(r.box), "area_px": r.area_px, "peak": r.peak, "mean": r.mean}
+                for r in self.regions
+            ],
+            "speed": {stage: round(ms, 3) for stage, ms in self.speed.items()},
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` on one line."""
+        return json.dumps(self.to_dict())
+
+    def __repr__(self) -> str:
+        verdict = {None: "no threshold", True: "anomalous", False: "normal"}[self.pred_label]
+        return f"Prediction({verdict}, raw_score={self.raw_score:.6g}, path={self.path})"
+
+
+def save_image(pixels: NDArray[np.uint8], path: Path) -> None:
+    """Write an image beside its final name, then rename.
+
+    Raises:
+        InputError: the suffix is no image format, or the folder cannot be written.
+    """
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(beside)
+        beside.replace(path)
+    except (OSError, ValueError) as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written as an image ({error})") from error

@@ -1,0 +1,171 @@
+"""Training data on its way into a method: images from disk, or frozen features computed once.
+
+Published recipes do not augment, so a frozen backbone sees the same pixels in every epoch. The
+cache holds its output in memory, or in a memory-mapped file where memory is short.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from fastad.models.registry import Features, Method
+from fastad.training.folder import Sample, load_images
+
+CACHE_BATCH = 16  # images per backbone call while filling the cache
+MEMORY_SHARE = 0.4  # of the memory that is free; beyond it the cache goes to a file
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+def normalised(images: np.ndarray, method: Method) -> Tensor:
+    """uint8 RGB [B, H, W, 3] to float32 [B, 3, H, W] with the method's mean and std."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255.0)
+    mean = torch.tensor(method.input.mean).view(3, 1, 1)
+    std = torch.tensor(method.input.std).view(3, 1, 1)
+    return (x - mean) / std
+
+
+class ImageData(Dataset[Tensor]):
+    """Images read from disk whenever they are asked for; batches are float32 [B, 3, H, W]."""
+
+    def __init__(self, samples: Sequence[Sample], method: Method) -> None:
+        self.samples = list(samples)
+        self.method = method
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """One batch."""
+        chosen = [self.samples[i] for i in indices]
+        images = np.concatenate(
+            [batch for batch, _ in load_images(chosen, self.method.input.size, on_error="raise")]
+        )
+        return normalised(images, self.method)
+
+
+class FeatureData(Dataset[Features]):
+    """Frozen features of all images, computed once; owns the memory-mapped file if there is one."""
+
+    def __init__(self, levels: Features, file: Path | None) -> None:
+        self.levels = levels
+        self.file = file
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def __getitems__(self, indices: list[int]) -> Features:
+        """One batch, a tensor per level."""
+        return tuple(level[indices] for level in self.levels)
+
+    def close(self) -> None:
+        """Drop the features and delete the file behind them."""
+        self.levels = ()
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping, as far as this system tells."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30  # a system that tells nothing: assume a small one
+
+
+@torch.no_grad()
+def cache_features(
+    samples: Sequence[Sample],
+    method: Method,
+    where: Literal["auto", "memory", "file"],
+    folder: Path,
+    progress: Progress | None = None,
+) -> FeatureData:
+    """Run the frozen part of ``method`` over all samples once.
+
+    Args:
+        samples: Normal training images.
+        method: Its ``features`` must be frozen and free of randomness.
+        where: ``auto`` keeps features in memory while they fit `MEMORY_SHARE` of what is free.
+        folder: Gets the memory-mapped file, which `FeatureData.close` deletes.
+        progress: Called with (images done, images in all).
+    """
+    method.eval()
+    data = ImageData(samples, method)
+    N = len(samples)
+    levels: list[Tensor] = []
+    file: Path | None = None
+    for start in range(0, N, CACHE_BATCH):
+        indices = list(range(start, min(start + CACHE_BATCH, N)))
+        features = method.features(data.__getitems__(indices))
+        if not levels:
+            levels, file = _allocate(N, features, where, folder)
+        for level, feature in zip(levels, features, strict=True):
+            level[start : start + len(indices)] = feature
+        if progress:
+            progress(indices[-1] + 1, N)
+    return FeatureData(tuple(levels), file)
+
+
+def _allocate(
+    N: int, like: Features, where: str, folder: Path
+) -> tuple[list[Tensor], Path | None]:
+    shapes = [(N, *feature.shape[1:]) for feature in like]
+    values = sum(int(np.prod(shape)) for shape in shapes)
+    if where == "memory" or (where == "auto" and values * 4 < MEMORY_SHARE * free_memory_bytes()):
+        return [torch.empty(shape) for shape in shapes], None
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix="features.", suffix=".bin")
+    os.close(handle)
+    flat = torch.from_numpy(np.memmap(name, np.float32, "w+", shape=(values,)))
+    levels, at = [], 0
+    for shape in shapes:
+        count = int(np.prod(shape))
+        levels.append(flat[at : at + count].view(shape))
+        at += count
+    return levels, Path(name)
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that depends on seed and epoch alone, so a resumed run repeats it.
+
+    With several processes each takes every ``world``-th index; the tail repeats the start so that
+    all take equally many.
+    """
+
+    def __init__(self, n: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.n, self.seed, self.rank, self.world = n, seed, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation; Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.n // self.world)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        order += order[: len(self) * self.world - self.n]
+        return iter(order[self.rank :: self.world])
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for one epoch: the same whether the run came here at once or was resumed."""
+    return (seed * 1_000_003 + epoch) % (1 << 31)

@@ -1,0 +1,125 @@
+"""Recipes: YAML files that fix every setting of a training run, shipped or written by users."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from fastad.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. Units: ``epochs`` and ``step_epochs`` in epochs, ``batch`` in images.
+
+    ``groups`` are further arguments of the method's ``parameter_groups``. The learning rate falls
+    by ``step_factor`` after epochs ``step_epochs``, twice that, ... (epoch 0 counts, as in the
+    authors' trainers); None keeps it. ``holdout`` is the share of each category's normal training
+    images that is kept for calibration and never trained on. ``gradient_clip`` is a global L2
+    norm; 0 is off.
+    """
+
+    epochs: int
+    batch: int
+    lr: float
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    groups: dict[str, float] = field(default_factory=dict)
+    step_epochs: int | None = None
+    step_factor: float = 0.1
+    gradient_clip: float = 0.0
+    seed: int = 0
+    holdout: float = 0.2
+    cache: Literal["auto", "memory", "file", "off"] = "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method, its settings, and how to train it."""
+
+    method: str
+    train: TrainSettings
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the recipes inside the package, such as ``grad.paper``."""
+    folder = files("fastad.training") / "recipes"
+    return tuple(sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")))
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        name: A shipped recipe (``grad.paper``) or the path of a YAML file.
+        overrides: ``key=value`` with dots for nesting and YAML values, such as
+            ``train.epochs=5`` or ``config.backbone.name=resnet18``.
+
+    Raises:
+        InputError: no such recipe, YAML that does not parse, an unknown or mistyped setting.
+    """
+    text, source = _read(name)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: expected the keys method, config, train")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_python(tree, extra="forbid")
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{source}: {where}: {first['msg']}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML text that `load_recipe` reads back."""
+    tree = pydantic.TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _read(name: str | Path) -> tuple[str, str]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"recipe: no file {path}")
+        return path.read_text(encoding="utf-8"), str(path)
+    if str(name) not in shipped():
+        near = difflib.get_close_matches(str(name), shipped(), n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"recipe: expected a .yaml file or one of {', '.join(shipped())}, got {name}{hint}"
+        )
+    resource = files("fastad.training") / "recipes" / f"{name}.yaml"
+    return resource.read_text(encoding="utf-8"), str(name)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override: expected key=value, got {override!r}")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(f"override: {key}: {parent} is a value, not a group of settings")
+    node[last] = yaml.safe_load(text)
+
+
+def settings_of(recipe: Recipe) -> Mapping[str, Any]:
+    """The recipe as plain JSON values, for a checkpoint's record."""
+    tree: dict[str, Any] = pydantic.TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return tree
