@@ -176,7 +176,7 @@ def write_result(
 
 
 def table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
-    """Print rows as a table whose columns are the keys of the first row, numbers to the right."""
+    """Print rows as a table, uncut: columns are the first row's keys, numbers to the right."""
     if not rows:
         return
     printed = rich.table.Table(title=title or None, box=rich.box.SIMPLE_HEAD)
@@ -184,7 +184,9 @@ def table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
         printed.add_column(key, justify="left" if isinstance(value, str) else "right")
     for row in rows:
         printed.add_row(*(_cell(row.get(key)) for key in rows[0]))
-    rich.console.Console().print(printed)
+    # Redirected output counts as 80 columns, which would cut names short.
+    width = rich.console.Console(width=1000).measure(printed).maximum
+    rich.console.Console(width=width).print(printed)
 
 
 def _cell(value: object) -> str:

@@ -21,7 +21,7 @@
 namespace fastad {
 namespace {
 
-// A resize reads memory faster than eight threads can be fed.
+// A frame takes about a millisecond: more threads would mostly wait for each other to wake.
 constexpr int kMostThreadsByDefault = 8;
 
 struct Job {

@@ -8,7 +8,6 @@ if __name__ != "fastad.export":
     raise ImportError(f"this package is fastad.export, not {__name__}; import fastad.export")
 
 from .engine import export_engine
-from .parity import MAP_LIMIT
 from .to_onnx import OPSET, to_onnx
 
-__all__ = ["MAP_LIMIT", "OPSET", "export_engine", "to_onnx"]
+__all__ = ["OPSET", "export_engine", "to_onnx"]

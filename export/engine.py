@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastad.engine import parity
+from fastad.engine.base import Outputs
 from fastad.engine.container import Golden, write_engine
+from fastad.engine.pytorch import PyTorchRuntime
 from fastad.engine.select import RUNTIMES, open_runtime, why_unsupported
 from fastad.errors import FastadWarning, InputError
 from fastad.spec import Manifest, ParityReport, Variant
@@ -20,7 +23,6 @@ from fastad.training.checkpoint import Checkpoint, load_checkpoint
 from fastad.training.folder import Sample, load_images
 from fastad.training.progress import Report
 
-from . import parity
 from .to_onnx import OPSET, to_onnx
 
 PARITY_IMAGES = 16
@@ -66,9 +68,10 @@ def export_engine(
             FastadWarning,
             stacklevel=2,
         )
+    threshold = record.calibration.pooled.value if record.calibration else None
     pixels = _parity_images(checkpoint, images)
     _tell(report, 1, "PyTorch reference")
-    reference = parity.reference_outputs(method, pixels)
+    reference = _reference(PyTorchRuntime(method), pixels)
     _tell(report, 2, "graph")
     graph = to_onnx(method)
     reports: list[ParityReport] = []
@@ -77,7 +80,7 @@ def export_engine(
             _tell(report, 3, f"parity on {name}")
             runtime = open_runtime(graph, name, "fp32", "cpu")
             try:
-                reports.append(parity.compare(runtime, pixels, reference, record.calibration))
+                reports.append(parity.compare(runtime, pixels, reference, threshold))
             finally:
                 runtime.close()
             parity.check(reports[-1])
@@ -117,6 +120,14 @@ def _parity_images(
     spec = record.spec.input
     batches = load_images(samples, spec.size, spec.value_range)
     return np.concatenate([batch for batch, _ in batches])
+
+
+def _reference(runtime: PyTorchRuntime, images: NDArray[np.uint8]) -> Outputs:
+    single = [runtime.run(images[i : i + 1]) for i in range(len(images))]
+    return (
+        np.concatenate([anomaly_map for anomaly_map, _ in single]),
+        np.concatenate([raw_score for _, raw_score in single]),
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -8,31 +8,12 @@ from typing import cast
 
 import onnx
 import torch
-from torch import Tensor, nn
 
 from fastad.errors import UnsupportedError
+from fastad.models.deployed import DeployedGraph
 from fastad.models.registry import Method
 
 OPSET = 18  # the newest that every runtime here takes in float32
-
-
-class DeployedGraph(nn.Module):
-    """A method behind the graph contract: normalisation inside, two named outputs."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-        mean, std = torch.tensor(method.input.mean), torch.tensor(method.input.std)
-        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """``image`` uint8 [B, H, W, 3] RGB; map float32 [B, H, W], raw score float32 [B]."""
-        x = image.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        return cast(tuple[Tensor, Tensor], self.method(x))
 
 
 def to_onnx(method: Method) -> bytes:

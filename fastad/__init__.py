@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastad.errors import FastadWarning as FastadWarning
     from fastad.errors import InputError as InputError
     from fastad.errors import UnsupportedError as UnsupportedError
-    from fastad.evaluate import evaluate as evaluate
+    from fastad.evaluation import evaluate as evaluate
     from fastad.prediction import Prediction as Prediction
     from fastad.predictor import Predictor as Predictor
     from fastad.predictor import load as load
@@ -30,7 +30,7 @@ _HOMES = {
     "Prediction": "fastad.prediction",
     "Predictor": "fastad.predictor",
     "UnsupportedError": "fastad.errors",
-    "evaluate": "fastad.evaluate",
+    "evaluate": "fastad.evaluation",
     "load": "fastad.predictor",
     "train": "fastad.training.fit",
 }

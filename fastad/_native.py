@@ -46,10 +46,10 @@ except ModuleNotFoundError as error:
 class Regions(NamedTuple):
     """What `region_stats` measures, one row per region."""
 
-    boxes: npt.NDArray[np.int32]  # [N, 4] x0 y0 x1 y1 in pixels, ends exclusive
-    areas_px: npt.NDArray[np.int64]  # [N]
-    peaks: npt.NDArray[np.float32]  # [N] largest map value
-    means: npt.NDArray[np.float32]  # [N] mean map value
+    box: npt.NDArray[np.int32]  # [N, 4] x0 y0 x1 y1 in pixels, ends exclusive
+    area_px: npt.NDArray[np.int64]  # [N]
+    peak: npt.NDArray[np.float32]  # [N] largest map value
+    mean: npt.NDArray[np.float32]  # [N] mean map value
 
 
 def threads() -> int:

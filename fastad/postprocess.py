@@ -38,7 +38,14 @@ def find_regions(anomaly_map: Map, mask: NDArray[np.bool_]) -> tuple[Region, ...
 def _heat_colors() -> NDArray[np.uint8]:
     """256 RGB colours, dark blue to red through white-yellow, rising in lightness to the middle."""
     anchors = np.array(
-        [[20, 20, 90], [40, 90, 200], [120, 190, 210], [250, 220, 90], [235, 110, 40], [170, 10, 30]]
+        [
+            [20, 20, 90],
+            [40, 90, 200],
+            [120, 190, 210],
+            [250, 220, 90],
+            [235, 110, 40],
+            [170, 10, 30],
+        ]
     )
     at = np.linspace(0, len(anchors) - 1, 256)
     columns = [np.interp(at, np.arange(len(anchors)), anchors[:, c]) for c in range(3)]
@@ -58,14 +65,14 @@ def overlay(
     heat = np.clip((anomaly_map - scale[0]) / (scale[1] - scale[0]), 0.0, 1.0)
     alpha = (0.75 * heat)[..., None]
     colors = _COLORS[(heat * 255).astype(np.uint8)]
-    blended = (image * (1 - alpha) + colors * alpha).astype(np.uint8)
+    blended: NDArray[np.uint8] = (image * (1 - alpha) + colors * alpha).astype(np.uint8)
     if mask is not None:
         blended[_outline(mask)] = (255, 0, 255)
     return blended
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    inner = mask.copy()
+    inner: NDArray[np.bool_] = mask.copy()
     inner[1:] &= mask[:-1]
     inner[:-1] &= mask[1:]
     inner[:, 1:] &= mask[:, :-1]

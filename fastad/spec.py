@@ -62,7 +62,7 @@ class Threshold:
 class Calibration:
     """Split-conformal thresholds from held-out normal images.
 
-    ``map_scale`` is the (low, high) of anomaly map values that heat maps span, fixed for all images.
+    ``map_scale`` is the (low, high) of map values that heat maps span, fixed for all images.
     ``uncovered`` names the categories whose own sample is too small: the pooled threshold serves.
     """
 
@@ -116,7 +116,7 @@ class Manifest:
 
 
 @cache
-def _adapter(cls: type[Any]) -> pydantic.TypeAdapter[Any]:
+def _adapter(cls: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(cls)
 
 

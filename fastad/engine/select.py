@@ -15,8 +15,9 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 def why_unsupported(runtime: RuntimeName, precision: Precision) -> str | None:
     """Why a runtime cannot serve a precision on this machine, or None if it can."""
-    module = openvino if runtime == "openvino" else onnxruntime
-    return module.why_unsupported(precision)
+    if runtime == "openvino":
+        return openvino.why_unsupported(precision)
+    return onnxruntime.why_unsupported(precision)
 
 
 def open_runtime(
@@ -36,7 +37,9 @@ def open_runtime(
         UnsupportedError: nothing on this machine serves the request; the message says why not.
     """
     if device not in ("auto", "cpu"):
-        raise UnsupportedError(f"device: expected auto or cpu, got {device!r}; this build runs CPUs")
+        raise UnsupportedError(
+            f"device: expected auto or cpu, got {device!r}; this build runs CPUs"
+        )
     if runtime != "auto" and runtime not in RUNTIMES:
         raise InputError(f"runtime: expected auto, {', '.join(RUNTIMES)}, got {runtime!r}")
     if precision != "auto" and precision not in PRECISIONS:

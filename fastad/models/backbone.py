@@ -191,9 +191,7 @@ def efficientnet_to_timm(state: Mapping[str, Tensor], net: nn.Module) -> dict[st
         net: The timm network, whose stage lengths place the flat block numbers; keys of blocks
             beyond its last one, and of the classifier, are left out.
     """
-    places = [
-        (stage, i) for stage, blocks in enumerate(_blocks(net)) for i in range(len(blocks))
-    ]
+    places = [(stage, i) for stage, blocks in enumerate(_blocks(net)) for i in range(len(blocks))]
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     expanded = {
         "_expand_conv": "conv_pw",

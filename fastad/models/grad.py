@@ -115,7 +115,8 @@ class InvertedBottleneck(nn.Module):
         """One residual step; the sum stays signed."""
         t = F.hardswish(self.bn1(self.expand(h)))
         t = F.hardswish(self.gate(self.bn2(self.depthwise(t))))
-        return h + self.bn3(self.project(t))
+        step: Tensor = self.bn3(self.project(t))
+        return h + step
 
 
 @register
@@ -166,9 +167,7 @@ class Grad(Method):
         self.global_coord = nn.Sequential(
             nn.Linear(C, C), nn.Tanh(), nn.Linear(C, config.global_dims), nn.Tanh()
         )
-        self.local_table = nn.Parameter(
-            torch.empty(*[config.local_nodes] * config.local_dims, C)
-        )
+        self.local_table = nn.Parameter(torch.empty(*[config.local_nodes] * config.local_dims, C))
         # One node is a whole feature map, channel-major so that reading it gives [B, C, H, W].
         self.global_table = nn.Parameter(
             torch.empty(*[config.global_nodes] * config.global_dims, C * H * W)
@@ -275,9 +274,7 @@ class Grad(Method):
             raise InputError(f"grad: unknown optimiser settings {sorted(unknown)}, known: grid_lr")
         grids = [self.local_table, self.global_table]
         rest = [
-            p
-            for p in self.parameters()
-            if p.requires_grad and not any(p is grid for grid in grids)
+            p for p in self.parameters() if p.requires_grad and not any(p is grid for grid in grids)
         ]
         return [{"params": rest, "lr": lr}, {"params": grids, "lr": grid_lr}]
 

@@ -18,6 +18,7 @@ Differences from the authors' code:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -211,7 +212,8 @@ class ReverseDistillation(Method):
     def features(self, image: Tensor) -> Features:
         """Three levels [B, C, H, W] of the teacher, largest first."""
         with torch.no_grad():
-            return self.backbone(image)
+            levels: Features = self.backbone(image)
+        return levels
 
     def reconstruct(self, features: Features) -> Features:
         """The student's levels, like ``features``."""
@@ -254,8 +256,9 @@ class ReverseDistillation(Method):
 def _cosine_distance(f: Tensor, g: Tensor) -> Tensor:
     """1 - cosine along the second axis, in float32: near 1 a cosine has few digits left."""
     f, g = f.float(), g.float()
-    norm_f = f.square().sum(1).sqrt().clamp_min(EPS)
-    norm_g = g.square().sum(1).sqrt().clamp_min(EPS)
+    # Clamped before the root, whose gradient at 0 would be NaN: rectified vectors can be all 0.
+    norm_f = f.square().sum(1).clamp_min(EPS**2).sqrt()
+    norm_g = g.square().sum(1).clamp_min(EPS**2).sqrt()
     return 1.0 - (f * g).sum(1) / (norm_f * norm_g)
 
 
@@ -269,7 +272,7 @@ def _resolve(
 ) -> ReverseDistillationConfig:
     """Fill what is unset with what suits the teacher."""
     sizes = [tuple(f.shape[2:]) for f in maps]
-    halves = all(n[axis] == 2 * m[axis] for n, m in zip(sizes, sizes[1:], strict=False) for axis in (0, 1))
+    halves = all(n == (2 * m[0], 2 * m[1]) for n, m in itertools.pairwise(sizes))
     if not halves or any(n % 2 for n in sizes[-1]):
         raise InputError(
             f"size: expected three teacher maps that halve in size, the last one even, which the "

@@ -91,8 +91,7 @@ class Attention(nn.Module):
         q = F.linear(query, W[:C]) + F.linear(position, W[:C], bias[:C])
         k = F.linear(memory, W[C : 2 * C]) + F.linear(position, W[C : 2 * C], bias[C : 2 * C])
         v = F.linear(memory, W[2 * C :], bias[2 * C :])
-        k, v = self._split(k), self._split(v)
-        q = self._split(q).expand_as(k)
+        q, k, v = self._split(q).expand_as(self._split(k)), self._split(k), self._split(v)
         if self.training:  # the operator has no dropout on its weights
             seen = ~neighbor_mask(self.grid, self.window, q.device)
             read = F.scaled_dot_product_attention(q, k, v, seen, self.dropout)
@@ -103,7 +102,7 @@ class Attention(nn.Module):
 
     def _split(self, t: Tensor) -> Tensor:
         """[..., N, C] to [..., heads, N, C / heads]."""
-        return t.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        return t.reshape(*t.shape[:-1], self.heads, -1).transpose(-3, -2)
 
 
 def _feed_forward(config: UniadConfig) -> nn.Sequential:
@@ -129,8 +128,8 @@ class EncoderLayer(nn.Module):
     def forward(self, h: Tensor, position: Tensor) -> Tensor:
         """One layer, [B, N, C] in and out."""
         h = self.norm1(h + self.drop(self.attention(h, h, position)))
-        h = self.norm2(h + self.drop(self.ffn(h)))
-        return h
+        out: Tensor = self.norm2(h + self.drop(self.ffn(h)))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -153,8 +152,8 @@ class DecoderLayer(nn.Module):
         t = self.attention_memory(self.queries, memory, position)
         t = self.norm1(self.queries + self.drop(t))
         t = self.norm2(t + self.drop(self.attention_previous(t, previous, position)))
-        t = self.norm3(t + self.drop(self.ffn(t)))
-        return t
+        out: Tensor = self.norm3(t + self.drop(self.ffn(t)))
+        return out
 
 
 @register
@@ -247,8 +246,8 @@ class Uniad(Method):
         memory = h
         for layer in self.decoder:
             h = layer(h, memory, position)
-        h = self.project_out(self.norm(h))
-        return h
+        x_hat: Tensor = self.project_out(self.norm(h))
+        return x_hat
 
     def _position(self) -> Tensor:
         """[N, C], row-major: columns in the first half of the channels, rows in the second."""
@@ -262,7 +261,8 @@ class Uniad(Method):
         if torch.rand(()) >= self.config.jitter_probability:
             return x
         sigma = self.config.jitter_scale / self.C * x.norm(dim=-1, keepdim=True)
-        return x + sigma * torch.randn_like(x)
+        noisy: Tensor = x + sigma * torch.randn_like(x)
+        return noisy
 
     def loss(self, features: Features) -> Tensor:
         """Mean squared error between reconstruction and undisturbed features, a scalar."""
@@ -274,7 +274,7 @@ class Uniad(Method):
         """L2 distance between reconstruction and features on the token grid, float32 [B, H, W]."""
         x = _tokens(features)
         difference = self.reconstruct(x).float() - x.float()
-        return difference.square().sum(-1).sqrt().unflatten(1, self.grid)
+        return difference.square().sum(-1).sqrt().reshape(-1, *self.grid)
 
     def score(self, features: Features) -> tuple[Tensor, Tensor]:
         """Anomaly map [B, H, W] at image size and raw score [B], float32."""

@@ -42,7 +42,7 @@ def runs_registered(*tensors: Tensor) -> bool:
 
     Training needs the reference's gradient, and an exported graph its standard operations.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 

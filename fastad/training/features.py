@@ -122,9 +122,7 @@ def cache_features(
     return FeatureData(tuple(levels), file)
 
 
-def _allocate(
-    N: int, like: Features, where: str, folder: Path
-) -> tuple[list[Tensor], Path | None]:
+def _allocate(N: int, like: Features, where: str, folder: Path) -> tuple[list[Tensor], Path | None]:
     shapes = [(N, *feature.shape[1:]) for feature in like]
     values = sum(int(np.prod(shape)) for shape in shapes)
     if where == "memory" or (where == "auto" and values * 4 < MEMORY_SHARE * free_memory_bytes()):
@@ -148,13 +146,15 @@ class EpochSampler(Sampler[int]):
     all take equally many.
     """
 
-    def __init__(self, n: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, n: int, seed: int, first_epoch: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
         self.n, self.seed, self.rank, self.world = n, seed, rank, world
-        self.epoch = 0
+        self.epoch = self.first_epoch = first_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation; Lightning calls this before each epoch."""
-        self.epoch = epoch
+        """Choose the permutation; Lightning calls this before each epoch, counting from 0."""
+        self.epoch = self.first_epoch + epoch
 
     def __len__(self) -> int:
         return -(-self.n // self.world)

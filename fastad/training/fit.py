@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -50,14 +51,19 @@ SAVE_EVERY_S = 30.0  # a kill costs at most this much work, and disks stay idle 
 class _Module(pl.LightningModule):
     """Lightning's view of a method: one loss, its optimiser, one seed per epoch."""
 
-    def __init__(self, method: Method, settings: TrainSettings) -> None:
+    def __init__(self, method: Method, settings: TrainSettings, first_epoch: int) -> None:
         super().__init__()
         self.method = method
         self.settings = settings
+        self.first_epoch = first_epoch  # of a resumed run; Lightning counts from 0 again
         self.losses: list[Tensor] = []
 
+    @property
+    def epoch(self) -> int:
+        return self.first_epoch + self.current_epoch
+
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(epoch_seed(self.settings.seed, self.current_epoch) + self.global_rank)
+        torch.manual_seed(epoch_seed(self.settings.seed, self.epoch) + self.global_rank)
         self.losses.clear()
 
     def training_step(self, batch: Tensor | Features, index: int) -> Tensor:
@@ -73,10 +79,10 @@ class _Module(pl.LightningModule):
         optimizer = kind(groups, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
         if s.step_epochs is None:
             return optimizer
-        every, factor = s.step_epochs, s.step_factor
+        every, factor, first = s.step_epochs, s.step_factor, self.first_epoch
         # Stepped with the explicit epoch after each epoch: the first stage is one epoch longer.
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: factor ** (max(epoch - 1, 0) // every)
+            optimizer, lambda epoch: factor ** (max(first + epoch - 1, 0) // every)
         )
         return [optimizer], [schedule]
 
@@ -96,17 +102,17 @@ class _Saver(pl.Callback):
         loss = torch.stack(module.losses).mean().item()
         if not torch.isfinite(torch.tensor(loss)):
             raise InputError(
-                f"training: the loss became {loss} in epoch {trainer.current_epoch}; lower the "
+                f"training: the loss became {loss} in epoch {module.epoch}; lower the "
                 "learning rate (--set train.lr=...) or check feature_scale for this backbone"
             )
         row = {
-            "epoch": trainer.current_epoch,
+            "epoch": module.epoch,
             "loss": loss,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": time.monotonic() - self.started,
         }
         self.rows.append(row)
-        last = trainer.current_epoch + 1 == trainer.max_epochs
+        last = module.epoch + 1 == module.settings.epochs
         if trainer.is_global_zero and (last or time.monotonic() - self.saved > SAVE_EVERY_S):
             _write_metrics(self.run, self.rows)
             _save_resume(self.run, trainer, module, self.rows)
@@ -226,22 +232,23 @@ def _run(
     report: Report | None,
 ) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
-    module = _Module(method.train(), settings)
     first_epoch, state = 0, None
     if resume:
         tensors, metadata = load_tensors(run / RESUME)
         rows = json.loads(metadata["rows"])
         first_epoch, state = int(metadata["epoch"]), tensors
         method.load_state_dict(_part(tensors, "model."))
+    module = _Module(method.train(), settings, first_epoch)
     loader = DataLoader(
         data,
         batch_size=settings.batch,
-        sampler=EpochSampler(len(cast(Any, data)), settings.seed),
+        sampler=EpochSampler(len(cast(Any, data)), settings.seed, first_epoch),
         collate_fn=lambda batch: batch,  # __getitems__ has stacked it already
     )
     disable_possible_user_warnings()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
     trainer = pl.Trainer(
-        max_epochs=settings.epochs,
+        max_epochs=settings.epochs - first_epoch,
         accelerator="auto",
         devices=devices,
         gradient_clip_val=settings.gradient_clip or None,
@@ -252,8 +259,8 @@ def _run(
         use_distributed_sampler=False,
         callbacks=[
             _Saver(run, rows),
-            EpochProgress(report, settings.epochs),
-            *([_Restore(first_epoch, state)] if state else []),
+            EpochProgress(report, settings.epochs, first_epoch),
+            *([_Restore(state)] if state else []),
         ],
     )
     trainer.fit(module, loader)
@@ -263,10 +270,10 @@ def _run(
 
 
 class _Restore(pl.Callback):
-    """Puts optimiser, schedule and epoch counter back where a killed run had them."""
+    """Puts the optimiser's moments back where a killed run had them."""
 
-    def __init__(self, epoch: int, tensors: dict[str, Tensor]) -> None:
-        self.epoch, self.tensors = epoch, tensors
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = trainer.optimizers[0]
@@ -277,19 +284,6 @@ class _Restore(pl.Callback):
                 optimizer.state[p] = {
                     k: v if k == "step" else v.to(p.device) for k, v in state.items()
                 }
-        for config in trainer.lr_scheduler_configs:
-            schedule = cast(torch.optim.lr_scheduler.LambdaLR, config.scheduler)
-            schedule.last_epoch = self.epoch
-            rates = [
-                base * factor(self.epoch)
-                for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates  # what the scheduler's own state_dict would restore
-        progress = trainer.fit_loop.epoch_progress
-        progress.current.processed = progress.current.completed = self.epoch
-        progress.current.ready = progress.current.started = self.epoch
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -305,7 +299,7 @@ def _save_resume(
     for index, p in enumerate(params):
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
-    metadata = {"epoch": str(trainer.current_epoch + 1), "rows": json.dumps(rows)}
+    metadata = {"epoch": str(module.epoch + 1), "rows": json.dumps(rows)}
     save_tensors(run / RESUME, tensors, metadata)
 
 

@@ -17,12 +17,13 @@ class Report(Protocol):
 class EpochProgress(pl.Callback):
     """Reports every finished epoch with its mean loss."""
 
-    def __init__(self, report: Report | None, epochs: int) -> None:
-        self.report, self.epochs = report, epochs
+    def __init__(self, report: Report | None, epochs: int, first_epoch: int = 0) -> None:
+        self.report, self.epochs, self.first_epoch = report, epochs, first_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell how far training is."""
         if self.report and trainer.is_global_zero:
             losses = cast(list[float], pl_module.losses)
             mean = float(sum(losses) / max(len(losses), 1))
-            self.report("train", trainer.current_epoch + 1, self.epochs, f"loss {mean:.4g}")
+            done = self.first_epoch + trainer.current_epoch + 1
+            self.report("train", done, self.epochs, f"loss {mean:.4g}")

@@ -28,43 +28,47 @@ def hat_weights(
         p = ((coords[..., len(nodes) - 1 - axis] + 1.0) * n - 1.0) * 0.5  # [...] in node units
         index = torch.arange(n, device=coords.device, dtype=coords.dtype)
         hat = (1.0 - (p.unsqueeze(-1) - index).abs()).clamp_min(0.0)  # [..., n]
-        weights = hat if weights is None else (weights.unsqueeze(-1) * hat.unsqueeze(-2)).flatten(-2)
+        if weights is None:
+            weights = hat
+        else:
+            weights = (weights.unsqueeze(-1) * hat.unsqueeze(-2)).flatten(-2)
     assert weights is not None
     return weights
 
 
-def grid_interpolate(
-    table: Tensor,  # [n_1, ..., n_D, C] floating
-    coords: Tensor,  # [..., D] dtype of table
-) -> Tensor:  # [..., C] dtype of table
-    """Read a D-dimensional table of vectors at continuous coordinates.
-
-    Equals ``torch.nn.functional.grid_sample(mode="bilinear", padding_mode="zeros",
-    align_corners=False)`` where that exists (D = 2, 3), for every D >= 1. Differentiable in both
-    arguments. Cost: ``N * n_1 * ... * n_D * C`` multiply-adds for N coordinates.
-
-    Args:
-        table: Node values, channel-last.
-        coords: Positions in [-1, 1] across the table (outside reads fade to 0); component 0
-            addresses the last node axis, component D - 1 the first.
-
-    Returns:
-        Interpolated vectors.
+def check_arguments(table: Tensor, coords: Tensor, per_image: bool, out: Tensor | None) -> None:
+    """Refuse what does not fit together.
 
     Raises:
-        InputError: ``coords`` has another D than ``table``, or another dtype or device.
-
-    Paper:
-        Lee et al., Continuous Memory Representation for Anomaly Detection, ECCV 2024.
-
-    >>> grid_interpolate(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0]]))
-    tensor([[0.5000]])
+        InputError: names the argument, what was expected and what came.
     """
-    D = table.dim() - 1
-    if D < 1 or coords.dim() < 1 or coords.shape[-1] != D:
+    D = table.dim() - 1 - per_image
+    if D < 1 or coords.dim() < 1 + per_image or coords.shape[-1] != D:
         raise InputError(
-            f"coords: expected [..., {D}] for a table {list(table.shape)}, got "
-            f"{list(coords.shape)}"
+            f"coords: expected [{'B, ' if per_image else ''}..., {D}] for a table "
+            f"{list(table.shape)}, got {list(coords.shape)}"
         )
     check_like("coords", coords, table, shape=False)
-    return hat_weights(coords, tuple(table.shape[:-1])) @ table.flatten(0, -2)
+    if not table.dtype.is_floating_point:
+        raise InputError(f"table: expected a floating dtype, got {table.dtype}")
+    if per_image and coords.shape[0] != table.shape[0]:
+        raise InputError(
+            f"coords: expected one row per table, {table.shape[0]}, got {coords.shape[0]}"
+        )
+    if out is not None:
+        check_like("out", out, table, shape=False)
+        expected = [*coords.shape[:-1], table.shape[-1]]
+        if list(out.shape) != expected:
+            raise InputError(f"out: expected {expected}, got {list(out.shape)}")
+
+
+def grid_interpolate(table: Tensor, coords: Tensor, per_image: bool = False) -> Tensor:
+    """Standard operations in the table's dtype: a product that every runtime has."""
+    nodes = tuple(table.shape[per_image:-1])
+    weights = hat_weights(coords, nodes)  # [..., K]
+    if not per_image:
+        out: Tensor = weights @ table.flatten(0, -2)
+        return out
+    B = table.shape[0]
+    rows = weights.reshape(B, -1, weights.shape[-1]) @ table.flatten(1, -2)  # [B, P, C]
+    return rows.reshape(*coords.shape[:-1], table.shape[-1])

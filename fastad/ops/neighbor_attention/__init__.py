@@ -26,8 +26,9 @@ def neighbor_attention(
 
     Computes ``softmax(q @ k.T / sqrt(D)) @ v`` over the keys outside a window centred on the query
     and cut at the border; the query's own token is inside the window. Rows with no key left give
-    0. Scores and sums run in float32 whatever the input. Differentiable: with gradients, and in exports, this is
-    `reference.neighbor_attention` in standard operations; otherwise ``fastad::neighbor_attention``.
+    0. Scores and sums run in float32 whatever the input. Differentiable: with gradients, and in
+    exports, this is `reference.neighbor_attention` in standard operations; otherwise
+    ``fastad::neighbor_attention``, whose result lies in memory as [B, N, heads, D].
 
     Args:
         q: Queries, tokens row-major over ``grid``.

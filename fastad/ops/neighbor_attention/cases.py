@@ -11,7 +11,7 @@ from fastad.ops.case import Aot, Arguments, Case, seeded
 from fastad.ops.neighbor_attention import op
 from fastad.ops.neighbor_attention.reference import neighbor_attention as judge
 
-__all__ = ["AOT", "BENCH", "CASES", "TOLERANCE", "call_op", "empty", "judge", "kernel"]
+__all__ = ["BENCH", "CASES", "TOLERANCE", "aot", "call_op", "empty", "judge", "kernel"]
 
 # dtype: (rtol, atol); outputs are means of N(0, 1) values, so mostly within 1.
 TOLERANCE = {
@@ -92,7 +92,8 @@ def call_op(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Any, tupl
     return op_, (q, k, v, settings["grid"], settings["window"])
 
 
-def _aot() -> list[Aot]:
+def aot() -> list[Aot]:
+    """Variants to compile ahead of time, with the kernels' own settings; imports triton."""
     from fastad.ops.neighbor_attention import triton_impl
 
     strides = [f"s_{t}{axis}" for t in "qkvo" for axis in "bhn"]
@@ -119,10 +120,3 @@ def _aot() -> list[Aot]:
             )
         )
     return variants
-
-
-def __getattr__(name: str) -> list[Aot]:
-    # Only on demand: the list is built with the kernel's own settings and needs triton.
-    if name == "AOT":
-        return _aot()
-    raise AttributeError(name)

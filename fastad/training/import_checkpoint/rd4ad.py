@@ -15,6 +15,10 @@ from fastad.models.reverse_distillation import ReverseDistillation, ReverseDisti
 
 _PARTS = ("bn", "decoder")  # the authors' bottleneck is called bn and is no batch norm
 _UNUSED = re.compile(r"bn\.(conv4|bn4)\.|bn\..*memory")  # never called; of older versions
+_FUSION = re.compile(r"bn\.(conv|bn)([123])\.(.+)")
+_BLOCK = re.compile(
+    r"(?:bn\.bn_layer|decoder\.layer([123]))\.(\d+)\.(conv[123]|bn[123]|downsample|upsample)\.(.+)"
+)
 _CLASSIFIER = ("fc.", "layer4.")  # of the teacher, behind its last tap
 
 
@@ -138,18 +142,16 @@ def _config(state: Mapping[str, Tensor], size: tuple[int, int]) -> ReverseDistil
 
 
 def _rename(key: str) -> str:
-    """Our key for the authors' ``key``."""
-    parts = key.split(".")
-    if parts[0] == "bn" and parts[1] != "bn_layer":  # bn.conv1.weight, bn.bn1.bias
-        return ".".join(["bottleneck", parts[1].replace("bn", "norm"), *parts[2:]])
-    if parts[0] == "bn":
-        prefix, rest = f"bottleneck.blocks.{parts[2]}", parts[3:]
-    else:
-        stage = int(parts[1].removeprefix("layer")) - 1
-        prefix, rest = f"decoder.{stage}.{parts[2]}", parts[3:]
-    if rest[0] in ("downsample", "upsample"):
-        rest = ["shortcut", *rest[1:]]
-    else:
-        kind, number = re.fullmatch(r"([a-z]+)(\d)", rest[0]).groups()
-        rest = [{"conv": "convs", "bn": "norms"}[kind], str(int(number) - 1), *rest[1:]]
-    return ".".join([prefix, *rest])
+    """Our key for the authors' ``key``; an unknown one stays and is reported as left over."""
+    if fusion := _FUSION.fullmatch(key):
+        kind, number, field = fusion.groups()
+        return f"bottleneck.{'norm' if kind == 'bn' else kind}{number}.{field}"
+    block = _BLOCK.fullmatch(key)
+    if block is None:
+        return key
+    stage, index, layer, field = block.groups()
+    prefix = f"decoder.{int(stage) - 1}" if stage else "bottleneck.blocks"
+    if layer in ("downsample", "upsample"):
+        return f"{prefix}.{index}.shortcut.{field}"
+    kind = "norms" if layer[:-1] == "bn" else "convs"
+    return f"{prefix}.{index}.{kind}.{int(layer[-1]) - 1}.{field}"

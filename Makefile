@@ -1,0 +1,29 @@
+# Each target sets up .venv by itself; nothing but Python >= 3.11, cmake and a C++ compiler is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/ready
+	$(BIN)/fastad demo --out demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python -m bench.resize
+
+# Rebuilt when the C++ sources or the declared dependencies change.
+.venv/ready: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,385 @@
+"""The command line: `fastad` and `python -m fastad`. Results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastad.errors import FastadError, FastadWarning, InputError
+
+if TYPE_CHECKING:
+    from fastad.evaluation import Evaluation
+    from fastad.spec import Calibration, Manifest, ParityReport
+
+app = typer.Typer(
+    help="From a folder of normal images to a fast, verified anomaly-detection engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+messages = Console(stderr=True)
+PARTLY_FAILED = 3  # exit code: results were written, some images could not be read
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Runtime = Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
+Categories = Annotated[list[str] | None, typer.Option("--category", help="Only these; repeat.")]
+Rate = Annotated[float, typer.Option(help="Accepted share of normal images called anomalous.")]
+
+
+class Bars:
+    """Progress bars on stderr, one per stage, for anything that reports (stage, done, total)."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:>18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[remark]}"),
+            console=messages,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int, remark: str = "") -> None:
+        """Show one step."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, remark="")
+        self._progress.update(self._tasks[stage], completed=done, total=total, remark=remark)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="MVTec-style root, or a folder of normal images.")],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "grad.paper",
+    weights: Annotated[
+        str, typer.Option(help="Backbone weights: imagenet (downloads), a file, or random.")
+    ] = "imagenet",
+    category: Categories = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override, such as train.epochs=5; repeat.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    devices: Annotated[int, typer.Option(help="Processes or GPUs.")] = 1,
+    json_: Json = False,
+) -> None:
+    """Train on normal images. Example: fastad train data/ --out runs/a --recipe grad.quick."""
+    from fastad.training.fit import train as run_training
+
+    with Bars() as bars:
+        checkpoint = run_training(
+            data,
+            out,
+            recipe,
+            weights=weights,
+            categories=category,
+            overrides=set_ or (),
+            resume=resume,
+            devices=devices,
+            report=bars,
+        )
+    record = checkpoint.record
+    result = {
+        "run": str(out),
+        "method": record.spec.method,
+        "categories": list(record.spec.categories),
+        "trained_on": len(record.fit),
+        "held_out": len(record.holdout),
+        "final_loss": float(record.provenance["final_loss"]),
+    }
+    _print(result, json_)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Run folder or engine file.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Normal images; held-out ones of the run by default.")
+    ] = None,
+    false_alarm_rate: Rate = 0.01,
+    json_: Json = False,
+) -> None:
+    """Set thresholds from normal images. Example: fastad calibrate runs/a."""
+    from fastad.evaluation import calibrate_model
+
+    with Bars() as bars:
+        fitted = calibrate_model(model, data=data, false_alarm_rate=false_alarm_rate, progress=bars)
+    from fastad.spec import to_json
+
+    _print(json.loads(to_json(fitted)), json_, _calibration_table(fitted))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="The .engine file to write.")],
+    images: Annotated[
+        list[str] | None, typer.Option(help="Images or folders for the parity check; repeat.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write the engine file, checked. Example: fastad export runs/a --out a.engine."""
+    from fastad.engine.container import read_engine
+    from fastad.export import export_engine
+    from fastad.preprocess import expand
+
+    with Bars() as bars:
+        chosen = expand(images) if images else None
+        path = export_engine(run, out, images=chosen, report=bars)
+    with read_engine(path) as engine:
+        reports = [report for variant in engine.manifest.variants for report in variant.parity]
+    result = {"engine": str(path), "bytes": path.stat().st_size, "parity": _plain(reports)}
+    _print(result, json_, _parity_table(reports, str(path)))
+
+
+@app.command()
+def predict(
+    engine: Annotated[Path, typer.Argument(help="Engine file.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders or globs.")],
+    threshold: Annotated[float | None, typer.Option(help="In units of the raw score.")] = None,
+    category: Annotated[str | None, typer.Option(help="Product class.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines file; stdout by default.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for heat map images.")] = None,
+    maps: Annotated[Path | None, typer.Option(help="Folder for float32 maps (.npy).")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder for masks (.png).")] = None,
+    runtime: Runtime = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+) -> None:
+    """One JSON line per image. Example: fastad predict a.engine images/ --overlays out/."""
+    from fastad.predictor import load
+    from fastad.preprocess import Source, expand
+    from fastad.sinks import LineFile, write_images
+
+    paths = expand(sources)
+    unreadable: list[str] = []
+
+    def note(source: Source, error: FastadError) -> None:
+        unreadable.append(str(error))
+
+    with (
+        load(engine, runtime=runtime, precision=precision, threads=threads) as predictor,
+        LineFile(out) as lines,
+        Bars() as bars,
+    ):
+        results = predictor.iterate(
+            paths, threshold=threshold, category=category, on_unreadable=note
+        )
+        for done, prediction in enumerate(results, 1):
+            lines.write(prediction.to_json())
+            write_images(prediction, overlays=overlays, maps=maps, masks=masks)
+            bars("predict", done + len(unreadable), len(paths))
+    if unreadable:
+        messages.print(f"{len(unreadable)} of {len(paths)} images could not be read:", style="red")
+        for line in unreadable:
+            messages.print(f"  {line}", markup=False)
+        raise typer.Exit(PARTLY_FAILED)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Engine file or run folder.")],
+    data: Annotated[Path, typer.Argument(help="MVTec-style root or category.")],
+    category: Categories = None,
+    resolution: Annotated[str, typer.Option(help="Pixel metrics at model or original size.")] = (
+        "model"
+    ),
+    mask_folder: Annotated[str, typer.Option(help="Folder of masks.")] = "ground_truth",
+    report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
+    runtime: Runtime = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Image and pixel metrics on labelled test images. Example: fastad evaluate a.engine data/."""
+    from fastad.evaluation import evaluate as run_evaluation
+    from fastad.evaluation import open_model
+    from fastad.report import Example, example_of, write_report
+
+    if resolution not in ("model", "original"):
+        raise InputError(f"resolution: expected model or original, got {resolution!r}")
+    examples: list[Example] = []
+    with Bars() as bars:
+        result = run_evaluation(
+            model,
+            data,
+            categories=category,
+            resolution=resolution,  # type: ignore[arg-type]  # checked above
+            mask_folder=mask_folder,
+            runtime=runtime,
+            precision=precision,
+            threads=threads,
+            progress=bars,
+            on_prediction=(lambda s, p: examples.append(example_of(s, p))) if report else None,
+        )
+    if report:
+        with open_model(model) as predictor:
+            write_report(report, result, predictor.manifest, examples)
+    _print(result.to_dict(), json_, _scores_table(result))
+    for line in result.unreadable:
+        messages.print(line, markup=False, style="red")
+    if result.unreadable:
+        raise typer.Exit(PARTLY_FAILED)
+
+
+@app.command()
+def verify(
+    engine: Annotated[Path, typer.Argument(help="Engine file.")], json_: Json = False
+) -> None:
+    """Rerun the golden images on this machine. Example: fastad verify a.engine."""
+    from fastad.engine.parity import verify as run_verify
+
+    reports, absent = run_verify(engine)
+    result = {"engine": str(engine), "verified": True, "parity": _plain(reports), "absent": absent}
+    _print(result, json_, _parity_table(reports, f"{engine}: every hash and golden image agrees"))
+    for reason in absent:
+        messages.print(reason, style="yellow", markup=False)
+
+
+@app.command()
+def info(engine: Annotated[Path, typer.Argument(help="Engine file.")], json_: Json = False) -> None:
+    """What is inside an engine file. Example: fastad info a.engine."""
+    from fastad.engine.container import read_engine
+    from fastad.spec import to_json
+
+    with read_engine(engine) as file:
+        manifest = file.manifest
+    _print(json.loads(to_json(manifest)), json_, *_manifest_tables(manifest, engine))
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """What this machine can run, and why not the rest."""
+    from fastad.doctor import diagnose
+
+    found = diagnose()
+    table = Table("runtime", "precision", "usable", title=f"fastad {found.fastad}, {found.machine}")
+    for row in found.runtimes:
+        table.add_row(row.runtime, row.precision, "yes" if row.reason is None else row.reason)
+    packages = ", ".join(f"{k} {v or 'absent'}" for k, v in found.packages.items())
+    _print(found.to_dict(), json_, table, f"{found.cores} cores; {packages}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to fill.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+) -> None:
+    """Train, calibrate, export, verify and evaluate on texture photographs; last line is JSON."""
+    from fastad.demo import run_demo
+
+    with Bars() as bars:
+        result, table = run_demo(out, seed, bars)
+    messages.print(_scores_table(table))
+    messages.print(f"report: {out / 'report.html'}", markup=False)
+    print(json.dumps(result))
+
+
+def _print(result: dict[str, Any], as_json: bool, *readable: Any) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    console = Console()
+    if not readable:
+        readable = ("\n".join(f"{key}: {value}" for key, value in result.items()),)
+    for part in readable:
+        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+
+
+def _plain(reports: list[ParityReport]) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    return [asdict(report) for report in reports]
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _scores_table(result: Evaluation) -> Table:
+    from dataclasses import fields
+
+    identity = ("category", "images", "anomalous")
+    names = [f.name for f in fields(result.mean) if f.name not in identity]
+    title = f"{result.model} on {result.data}, {result.ms_per_image:.2f} ms per image"
+    table = Table("category", "images", *(n.replace("_", " ") for n in names), title=title)
+    for row in (*result.categories, result.mean):
+        table.add_row(row.category, str(row.images), *(_number(getattr(row, n)) for n in names))
+    return table
+
+
+def _parity_table(reports: list[ParityReport], title: str) -> Table:
+    columns = ("runtime", "precision", "images", "map max", "map mean", "score max", "flips")
+    table = Table(*columns, title=title, caption="differences over the range of the maps")
+    for r in reports:
+        differences = (f"{v:.2e}" for v in (r.map_max, r.map_mean, r.score_max))
+        table.add_row(r.runtime, r.precision, str(r.images), *differences, str(r.decision_flips))
+    return table
+
+
+def _calibration_table(fitted: Calibration) -> Table:
+    title = f"at most {fitted.false_alarm_rate:.2%} of normal images above the threshold"
+    table = Table("category", "threshold", "median", "images", title=title)
+    for name, t in {"pooled": fitted.pooled, **fitted.per_category}.items():
+        table.add_row(name, f"{t.value:.6g}", f"{t.median:.6g}", str(t.count))
+    for name in fitted.uncovered:
+        table.add_row(name, "pooled", "-", "too few")
+    return table
+
+
+def _manifest_tables(manifest: Manifest, path: Path) -> list[Any]:
+    spec = manifest.spec
+    facts = Table("field", "value", title=str(path))
+    rows = {
+        "method": spec.method,
+        "input": f"{spec.input.size[0]} x {spec.input.size[1]} (H x W) RGB uint8",
+        "categories": ", ".join(spec.categories) or "-",
+        "map": spec.map_rule,
+        "raw score": spec.score_rule,
+        "format": str(manifest.format_version),
+        **manifest.provenance,
+    }
+    for key, value in rows.items():
+        facts.add_row(key, value)
+    parts: list[Any] = [facts]
+    for variant in manifest.variants:
+        parts.append(_parity_table(list(variant.parity), f"{variant.member} ({variant.precision})"))
+    if manifest.calibration:
+        parts.append(_calibration_table(manifest.calibration))
+    return parts
+
+
+def main() -> None:
+    """Run the command line; fastad's errors become one line on stderr and exit code 1."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", FastadWarning)
+    warnings.showwarning = lambda message, *_args, **_kw: messages.print(
+        f"warning: {message}", style="yellow", markup=False
+    )
+    try:
+        app()
+    except FastadError as error:
+        messages.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        messages.print("stopped", style="yellow")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output has seen enough

@@ -1,0 +1,62 @@
+"""What this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastad import _native
+from fastad.engine.base import core_count
+from fastad.engine.select import PRECISIONS, RUNTIMES, why_unsupported
+
+PACKAGES = ("openvino", "onnxruntime", "numpy", "pillow", "torch", "timm", "lightning", "onnx")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One runtime and precision: usable, or the reason why not."""
+
+    runtime: str
+    precision: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `fastad doctor` prints."""
+
+    fastad: str
+    machine: str
+    cores: int
+    native_threads: int
+    packages: dict[str, str | None]
+    runtimes: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine."""
+    return Diagnosis(
+        fastad=version("fastad"),
+        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        cores=core_count(),
+        native_threads=_native.threads(),
+        packages={name: _version(name) for name in PACKAGES},
+        runtimes=tuple(
+            Finding(runtime, precision, why_unsupported(runtime, precision))
+            for runtime in RUNTIMES
+            for precision in PRECISIONS
+        ),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
