@@ -148,7 +148,8 @@ def from_json(cls: type[T], text: str | bytes, source: str) -> T:
         EngineError: the text is not JSON, or a field is missing, of another type or unknown.
     """
     try:
-        result: T = _adapter(cls).validate_json(text, extra="forbid")
+        # mypy does not count classes among the hashable
+        result: T = _adapter(cls).validate_json(text, extra="forbid")  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"

@@ -93,9 +93,11 @@ class _Saver(pl.Callback):
     def __init__(self, run: Path, rows: list[dict[str, float]]) -> None:
         self.run, self.rows = run, rows
         self.saved = self.started = time.monotonic()
+        self.lr = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.monotonic()
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = cast(_Module, pl_module)
@@ -108,7 +110,7 @@ class _Saver(pl.Callback):
         row = {
             "epoch": module.epoch,
             "loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self.lr,
             "seconds": time.monotonic() - self.started,
         }
         self.rows.append(row)
@@ -244,6 +246,7 @@ def _run(
         batch_size=settings.batch,
         sampler=EpochSampler(len(cast(Any, data)), settings.seed, first_epoch),
         collate_fn=lambda batch: batch,  # __getitems__ has stacked it already
+        generator=torch.Generator(),  # else every new iterator draws from the epoch's numbers
     )
     disable_possible_user_warnings()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises

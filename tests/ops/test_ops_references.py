@@ -208,6 +208,17 @@ def test_map_and_score_equal_resize_and_pooling() -> None:
     torch.testing.assert_close(score, expected.amax((1, 2)))
 
 
+@pytest.mark.parametrize("distance", ["cosine", "refined"])
+def test_distances_use_the_cosine_of_torch(distance: Any) -> None:
+    f, g = rand(2, 5, 4, 6), rand(2, 5, 4, 6)
+    f[0, :, 0, 0] = 0.0  # no direction: cosine 0
+    cosine = F.cosine_similarity(f, g, dim=1, eps=1e-8)
+    e2 = (f - g).square().sum(1)
+    S = 0.4 * (e2 / 5 <= 2.0) + 0.6 * cosine
+    expected = 1 - cosine if distance == "cosine" else (1 - S).abs() * e2.sqrt()
+    torch.testing.assert_close(distance_map(distance, f, g, (2.0, 0.4, 0.6)), expected)
+
+
 def test_levels_are_summed() -> None:
     fine, coarse = rand(1, 5, 4, 4).float(), rand(1, 8, 2, 2).float()
     one, two = torch.eye(4), torch.from_numpy(bilinear_matrix(4, 2, align_corners=False)).float()

@@ -30,6 +30,7 @@ def _case(
     blur: bool = False,
     pool: int | None = None,
     channels_last: bool = False,
+    negative: bool = False,
     interpreted: bool = True,
 ) -> Case:
     def make(dtype: torch.dtype) -> Arguments:
@@ -56,7 +57,8 @@ def _case(
                 joined = torch.from_numpy(gaussian_matrix(n, 4.0)) @ joined
             if window is not None:
                 joined = torch.from_numpy(mean_pool_matrix(n, window)) @ joined
-            return joined.float()
+            # A map below 0 shows a maximum that starts at 0.
+            return -joined.float() if negative and axis == 0 else joined.float()
 
         feat = features()
         map_h, map_w = matrices(0, None), matrices(1, None)
@@ -80,6 +82,7 @@ CASES = [
     _case("grad", "refined", 2, [(30, 7, 9)], (40, 33), pool=8),
     _case("one pixel", "l2", 1, [(1, 1, 1)], (1, 1)),
     _case("channels last", "cosine", 3, [(37, 6, 5)], (19, 23), channels_last=True),
+    _case("negative map", "l2", 2, [(9, 6, 5)], (19, 23), pool=3, negative=True),
     _case("large", "cosine", 8, [(256, 64, 64), (512, 32, 32), (1024, 16, 16)], (256, 256),
           blur=True, interpreted=False),
 ]  # fmt: skip

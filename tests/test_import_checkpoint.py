@@ -1,0 +1,98 @@
+"""Authors' checkpoint files: read without running anything, refused when they would have to."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastad.errors import InputError
+from fastad.training.import_checkpoint.reader import read_state
+
+
+@pytest.fixture
+def easydict(monkeypatch: pytest.MonkeyPatch) -> type:
+    """A class that pickles as the authors' configuration objects do."""
+    module = types.ModuleType("easydict")
+
+    class EasyDict(dict):  # type: ignore[type-arg]
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.__dict__ = dict(self)
+
+    EasyDict.__module__, EasyDict.__qualname__ = "easydict", "EasyDict"
+    module.EasyDict = EasyDict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "easydict", module)
+    return EasyDict
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_reads_a_file_as_the_authors_write_it(
+    tmp_path: Path, easydict: type, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    path = tmp_path / "ckpt.pth.tar"
+    file = {
+        "epoch": 3,
+        "arch": [easydict({"name": "backbone", "kwargs": easydict({"pretrained": True})})],
+        "state_dict": {"module.reconstruction.recover.weight": torch.arange(6.0).view(2, 3)},
+        "best_metric": np.float64(0.99),
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": [{"lr": 0.1}]},
+    }
+    torch.save(file, path, _use_new_zipfile_serialization=not legacy)
+    monkeypatch.delitem(sys.modules, "easydict")  # the package is not there at import
+    state = read_state(path)
+    assert list(state) == ["reconstruction.recover.weight"]
+    assert torch.equal(state["reconstruction.recover.weight"], torch.arange(6.0).view(2, 3))
+
+
+class _Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_executes_nothing(tmp_path: Path) -> None:
+    path, trace = tmp_path / "evil.pth", tmp_path / "executed"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "arch": _Bomb(trace)}, path)
+    with pytest.raises(InputError, match="nothing in it was executed"):
+        read_state(path)
+    assert not trace.exists()
+
+
+def test_plain_pickle_executes_nothing(tmp_path: Path) -> None:
+    path, trace = tmp_path / "evil.pkl", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(_Bomb(trace)))
+    with pytest.raises(InputError, match="not readable as a checkpoint"):
+        read_state(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"a": "text"}}, "expected only tensors"),
+        ({"state_dict": {}}, "expected a dictionary of tensors"),
+        ([torch.zeros(1)], "expected a dictionary of tensors, got list"),
+    ],
+)
+def test_refuses_other_content(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=message):
+        read_state(tmp_path / "x.pth")
+
+
+def test_missing_and_truncated_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found nothing there"):
+        read_state(tmp_path / "none.pth")
+    path = tmp_path / "cut.pth"
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="not readable as a checkpoint"):
+        read_state(path)

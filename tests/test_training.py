@@ -1,0 +1,257 @@
+"""Training: what it reads, what it leaves, and that a kill or a cache changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastad.errors import EngineError, InputError
+from fastad.models import build
+from fastad.training import fit as fit_module
+from fastad.training.checkpoint import load_checkpoint
+from fastad.training.features import EpochSampler, ImageData, cache_features
+from fastad.training.fit import train
+from fastad.training.folder import scan
+from fastad.training.recipe import Recipe, TrainSettings, dump_recipe, load_recipe, shipped
+
+CONFIG = {
+    "backbone": {"name": "mobilenetv3_small_050", "taps": [1, 2]},
+    "size": [48, 48],
+    "fusion": "crad-s",
+    "blocks": 1,
+    "feature_scale": "auto",
+}
+
+
+def recipe(**changes: object) -> Recipe:
+    settings = {"epochs": 4, "batch": 4, "lr": 1e-3, "groups": {"grid_lr": 0.1}, "holdout": 0.25}
+    settings |= {"weight_decay": 0.01, "gradient_clip": 0.1, "step_epochs": 2, "seed": 3}
+    return Recipe("grad", TrainSettings(**(settings | changes)), CONFIG)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two categories of eight noisy images each, and test images that training must not open."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for base, category in ((90, "dark"), (170, "light")):
+        folder = root / category / "train" / "good"
+        folder.mkdir(parents=True)
+        for i in range(8):
+            pixels = np.clip(rng.normal(base, 25, (60, 60, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+        test = root / category / "test" / "hole"
+        test.mkdir(parents=True)
+        (test / "0.png").write_bytes(b"opening this file fails")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(data, run, recipe(), weights="random")
+    return run
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run).method.state_dict()
+
+
+def losses_of(run: Path) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_leaves_a_checkpoint_without_pickle(run: Path) -> None:
+    names = sorted(p.name for p in run.rglob("*") if p.is_file())
+    assert names == ["metrics.csv", "model.json", "model.safetensors", "recipe.yaml"]
+    assert len(losses_of(run)) == 4
+    assert losses_of(run)[-1] < losses_of(run)[0]
+    assert load_recipe(run / "recipe.yaml") == recipe()
+
+
+def test_record_names_what_was_trained_on(run: Path) -> None:
+    record = load_checkpoint(run).record
+    assert record.spec.categories == ("dark", "light")
+    assert (len(record.fit), len(record.holdout)) == (12, 4)
+    assert not set(record.fit) & set(record.holdout)
+    assert all("/train/good/" in name for name in record.fit + record.holdout)
+    assert record.provenance["backbone_weights"] == "random"
+
+
+def test_same_seed_same_weights(data: Path, run: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "again", recipe(), weights="random")
+    first, second = weights_of(run), weights_of(tmp_path / "again")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_other_seed_other_weights(data: Path, run: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "other", recipe(seed=4), weights="random")
+    first, second = weights_of(run), weights_of(tmp_path / "other")
+    assert not torch.equal(first["local_table"], second["local_table"])
+
+
+def test_resume_repeats_the_whole_run(
+    data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "SAVE_EVERY_S", 0.0)
+
+    def stop(stage: str, done: int, total: int, remark: str = "") -> None:
+        if stage == "train" and done == 2:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(data, tmp_path / "run", recipe(), weights="random", report=stop)
+    assert (tmp_path / "run" / "resume.safetensors").is_file()
+    train(data, tmp_path / "run", recipe(), weights="random", resume=True)
+    whole, resumed = weights_of(run), weights_of(tmp_path / "run")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert losses_of(tmp_path / "run") == losses_of(run)
+
+
+def test_resume_after_sigkill(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe(epochs=400)))
+    script = (
+        "import sys; from fastad.training import fit; fit.SAVE_EVERY_S = 0.0; "
+        "fit.train(sys.argv[1], sys.argv[2], sys.argv[3], weights='random')"
+    )
+    run = tmp_path / "run"
+    child = subprocess.Popen([sys.executable, "-c", script, str(data), str(run), str(path)])
+    deadline = time.monotonic() + 120
+    while not (run / "resume.safetensors").is_file():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    short = recipe(epochs=len(losses_of(run)) + 1)
+    train(data, run, short, weights="random", resume=True)
+    assert len(losses_of(run)) <= short.train.epochs
+    assert load_checkpoint(run).record.fit
+
+
+def test_cached_features_equal_computed_ones(data: Path, tmp_path: Path) -> None:
+    samples = scan(data).train
+    method = build("grad", CONFIG, weights="random").eval()
+    cached = cache_features(samples, method, "memory", tmp_path)
+    direct = method.features(ImageData(samples, method).__getitems__(list(range(16))))
+    assert torch.equal(cached.levels[0], direct[0])
+
+
+def test_file_cache_equals_memory_and_is_deleted(data: Path, tmp_path: Path) -> None:
+    samples = scan(data).train
+    method = build("grad", CONFIG, weights="random").eval()
+    memory = cache_features(samples, method, "memory", tmp_path)
+    file = cache_features(samples, method, "file", tmp_path / "cache")
+    assert torch.equal(memory.levels[0], file.levels[0])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    file.close()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("cache", ["off", "file"])
+def test_cache_does_not_change_the_loss_curve(
+    data: Path, run: Path, tmp_path: Path, cache: str
+) -> None:
+    train(data, tmp_path / "run", recipe(cache=cache), weights="random")
+    # Without cache the backbone sees shuffled batches and the scale a subset: float32 rounding.
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(run), rtol=2e-3)
+
+
+def test_learning_rate_falls_after_the_extra_epoch(run: Path) -> None:
+    with (run / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4])
+
+
+def test_refuses_a_used_folder(data: Path, run: Path) -> None:
+    with pytest.raises(InputError, match="expected a new or empty folder"):
+        train(data, run, recipe(), weights="random")
+
+
+def test_refuses_to_resume_nothing(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to resume"):
+        train(data, tmp_path / "none", recipe(), weights="random", resume=True)
+
+
+def test_refuses_corrupt_training_images(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    (copy / "dark" / "train" / "good" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"0\.png"):
+        train(copy, tmp_path / "run", recipe(holdout=0.0), weights="random")
+
+
+def test_diverging_loss_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lower the learning rate"):
+        train(data, tmp_path / "run", recipe(lr=1e30, gradient_clip=0.0), weights="random")
+
+
+def test_damaged_checkpoint_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    weights = copy / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(EngineError, match="damaged"):
+        load_checkpoint(copy)
+
+
+def test_record_of_another_version_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    record = copy / "checkpoint" / "model.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"surprise": 1}))
+    with pytest.raises(EngineError, match="surprise"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_sampler_repeats_an_epoch(epoch: int) -> None:
+    first, second = EpochSampler(50, seed=1), EpochSampler(50, seed=1, first_epoch=epoch)
+    first.set_epoch(epoch)
+    assert list(first) == list(second)
+    assert sorted(first) == list(range(50))
+
+
+def test_sampler_shares_an_epoch_between_processes() -> None:
+    parts = [list(EpochSampler(7, seed=1, rank=rank, world=2)) for rank in (0, 1)]
+    assert [len(part) for part in parts] == [4, 4]
+    assert set(parts[0] + parts[1]) == set(range(7))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_read(name: str) -> None:
+    assert load_recipe(name).train.epochs > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("grad.papr", (), "did you mean grad.paper"),
+        ("grad.paper", ("train.epochs=many",), "train.epochs"),
+        ("grad.paper", ("train.speed=1",), "train.speed"),
+        ("grad.paper", ("epochs",), "expected key=value"),
+        ("grad.paper", ("method.x=1",), "is a value"),
+        ("missing.yaml", (), "no file missing.yaml"),
+    ],
+)
+def test_refuses_recipes(name: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(name, overrides)
+
+
+def test_overrides_reach_the_recipe() -> None:
+    changed = load_recipe("grad.paper", ["train.epochs=5", "config.backbone.name=resnet18"])
+    assert changed.train.epochs == 5
+    assert changed.config["backbone"] == {"name": "resnet18"}
