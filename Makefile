@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-gpu lint bench clean
 
 demo: .venv/ready
 	$(BIN)/fastad demo --out demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-gpu: .venv/ready
+	$(BIN)/python -m pytest tests/ops -m gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -18,6 +21,7 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m bench.resize
+	$(BIN)/python -m bench.ops --threads 1
 
 # Rebuilt when the C++ sources or the declared dependencies change.
 .venv/ready: $(SOURCES)

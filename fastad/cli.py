@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastad.atomic import unwritable
 from fastad.errors import FastadError, FastadWarning, InputError
 
 if TYPE_CHECKING:
@@ -26,6 +29,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 messages = Console(stderr=True)
+SCORE_HEADS = {
+    "image_auroc": "image\nAUROC",
+    "image_ap": "image\nAP",
+    "image_f1max": "image\nF1max",
+    "pixel_auroc": "pixel\nAUROC",
+    "pixel_ap": "pixel\nAP",
+    "pixel_f1max": "pixel\nF1max",
+    "aupro": "pixel\nAUPRO",
+    "false_alarm_rate": "false\nalarm",
+    "detection_rate": "\nfound",
+}
 PARTLY_FAILED = 3  # exit code: results were written, some images could not be read
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -51,14 +65,14 @@ class Bars:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
+        return self  # shown with the first report: a refusal needs no empty bar above it
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, remark: str = "") -> None:
         """Show one step."""
+        self._progress.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=total, remark="")
         self._progress.update(self._tasks[stage], completed=done, total=total, remark=remark)
@@ -73,6 +87,9 @@ def train(
         str, typer.Option(help="Backbone weights: imagenet (downloads), a file, or random.")
     ] = "imagenet",
     category: Categories = None,
+    value_range: Annotated[
+        tuple[float, float] | None, typer.Option(help="Black and white of images above 8 bits.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override, such as train.epochs=5; repeat.")
     ] = None,
@@ -80,7 +97,7 @@ def train(
     devices: Annotated[int, typer.Option(help="Processes or GPUs.")] = 1,
     json_: Json = False,
 ) -> None:
-    """Train on normal images. Example: fastad train data/ --out runs/a --recipe grad.quick."""
+    """Train on normal images. Example: fastad train data/ --out runs/a --recipe crad-s.paper."""
     from fastad.training.fit import train as run_training
 
     with Bars() as bars:
@@ -90,6 +107,7 @@ def train(
             recipe,
             weights=weights,
             categories=category,
+            value_range=value_range,
             overrides=set_ or (),
             resume=resume,
             devices=devices,
@@ -166,9 +184,10 @@ def predict(
     """One JSON line per image. Example: fastad predict a.engine images/ --overlays out/."""
     from fastad.predictor import load
     from fastad.preprocess import Source, expand
-    from fastad.sinks import LineFile, write_images
+    from fastad.sinks import ImageFolders, LineFile
 
     paths = expand(sources)
+    folders = ImageFolders(paths, overlays=overlays, maps=maps, masks=masks)
     unreadable: list[str] = []
 
     def note(source: Source, error: FastadError) -> None:
@@ -179,17 +198,18 @@ def predict(
         LineFile(out) as lines,
         Bars() as bars,
     ):
+        if masks and predictor.manifest.calibration is None:
+            raise InputError("--masks: the engine is not calibrated; run `fastad calibrate` first")
         results = predictor.iterate(
             paths, threshold=threshold, category=category, on_unreadable=note
         )
         for done, prediction in enumerate(results, 1):
-            lines.write(prediction.to_json())
-            write_images(prediction, overlays=overlays, maps=maps, masks=masks)
+            lines.write(json.dumps(prediction.to_dict() | folders.write(prediction)))
             bars("predict", done + len(unreadable), len(paths))
     if unreadable:
         messages.print(f"{len(unreadable)} of {len(paths)} images could not be read:", style="red")
         for line in unreadable:
-            messages.print(f"  {line}", markup=False)
+            messages.print(f"  {line}", markup=False, soft_wrap=True)
         raise typer.Exit(PARTLY_FAILED)
 
 
@@ -210,7 +230,7 @@ def evaluate(
 ) -> None:
     """Image and pixel metrics on labelled test images. Example: fastad evaluate a.engine data/."""
     from fastad.evaluation import evaluate as run_evaluation
-    from fastad.evaluation import open_model
+    from fastad.evaluation import read_manifest
     from fastad.report import Example, example_of, write_report
 
     if resolution not in ("model", "original"):
@@ -230,11 +250,10 @@ def evaluate(
             on_prediction=(lambda s, p: examples.append(example_of(s, p))) if report else None,
         )
     if report:
-        with open_model(model) as predictor:
-            write_report(report, result, predictor.manifest, examples)
+        write_report(report, result, read_manifest(model), examples)
     _print(result.to_dict(), json_, _scores_table(result))
     for line in result.unreadable:
-        messages.print(line, markup=False, style="red")
+        messages.print(line, markup=False, style="red", soft_wrap=True)
     if result.unreadable:
         raise typer.Exit(PARTLY_FAILED)
 
@@ -250,7 +269,7 @@ def verify(
     result = {"engine": str(engine), "verified": True, "parity": _plain(reports), "absent": absent}
     _print(result, json_, _parity_table(reports, f"{engine}: every hash and golden image agrees"))
     for reason in absent:
-        messages.print(reason, style="yellow", markup=False)
+        messages.print(reason, style="yellow", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -266,7 +285,7 @@ def info(engine: Annotated[Path, typer.Argument(help="Engine file.")], json_: Js
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """What this machine can run, and why not the rest."""
+    """What this machine can run, and why not the rest. Example: fastad doctor --json."""
     from fastad.doctor import diagnose
 
     found = diagnose()
@@ -282,7 +301,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to fill.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
 ) -> None:
-    """Train, calibrate, export, verify and evaluate on texture photographs; last line is JSON."""
+    """The whole road on photographs; last line is JSON. Example: fastad demo --out demo."""
     from fastad.demo import run_demo
 
     with Bars() as bars:
@@ -293,14 +312,19 @@ def demo(
 
 
 def _print(result: dict[str, Any], as_json: bool, *readable: Any) -> None:
-    if as_json:
-        print(json.dumps(result, indent=1))
-        return
-    console = Console()
-    if not readable:
-        readable = ("\n".join(f"{key}: {value}" for key, value in result.items()),)
-    for part in readable:
-        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+    try:
+        if as_json:
+            print(json.dumps(result, indent=1), flush=True)
+            return
+        console = Console()
+        if not readable:
+            readable = ("\n".join(f"{key}: {value}" for key, value in result.items()),)
+        for part in readable:
+            console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise unwritable("standard output", error) from error
 
 
 def _plain(reports: list[ParityReport]) -> list[dict[str, Any]]:
@@ -314,14 +338,17 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def _scores_table(result: Evaluation) -> Table:
-    from dataclasses import fields
-
-    identity = ("category", "images", "anomalous")
-    names = [f.name for f in fields(result.mean) if f.name not in identity]
     title = f"{result.model} on {result.data}, {result.ms_per_image:.2f} ms per image"
-    table = Table("category", "images", *(n.replace("_", " ") for n in names), title=title)
+    caption = "false alarms and found defects at the calibrated threshold"
+    # Eleven columns in 80 characters: two-line heads, three digits, one blank between columns.
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("category", overflow="fold")
+    table.add_column("images", justify="right", no_wrap=True, min_width=5)
+    for head in SCORE_HEADS.values():
+        table.add_column(head, justify="right", no_wrap=True, min_width=5)
     for row in (*result.categories, result.mean):
-        table.add_row(row.category, str(row.images), *(_number(getattr(row, n)) for n in names))
+        values = (_number(getattr(row, name), 3) for name in SCORE_HEADS)
+        table.add_row(row.category, str(row.images), *values)
     return table
 
 
@@ -377,9 +404,18 @@ def main() -> None:
         app()
     except FastadError as error:
         messages.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        _flush_or_drop()
         sys.exit(1)
     except KeyboardInterrupt:
         messages.print("stopped", style="yellow")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)  # the reader of our output has seen enough
+
+
+def _flush_or_drop() -> None:
+    """Leave nothing in stdout that the interpreter would fail to write, with a trace, at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

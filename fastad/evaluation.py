@@ -59,7 +59,7 @@ class Evaluation:
     categories: tuple[Scores, ...]
     mean: Scores
     unreadable: tuple[str, ...]
-    ms_per_image: float  # preprocess + inference + postprocess, without reading files
+    ms_per_image: float  # preprocess + inference + postprocess, without decoding files
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -95,6 +95,18 @@ def open_model(
     record = checkpoint.record
     manifest = Manifest(record.spec, (), record.calibration, record.provenance)
     return Predictor(manifest, PyTorchRuntime(checkpoint.method))
+
+
+def read_manifest(path: str | PathLike[str]) -> Manifest:
+    """What an engine file or a run folder says about itself; errors as in `open_model`."""
+    path = Path(path)
+    if not path.is_dir():
+        with read_engine(path) as engine:
+            return engine.manifest
+    from fastad.training.checkpoint import load_checkpoint
+
+    record = load_checkpoint(path).record
+    return Manifest(record.spec, (), record.calibration, record.provenance)
 
 
 def evaluate(
@@ -145,7 +157,7 @@ def evaluate(
             row = _Category(category)
             for sample, prediction in _predictions(predictor, samples, unreadable):
                 row.add(sample, prediction, resolution)
-                spent.append(sum(prediction.speed.values()))
+                spent.append(sum(prediction.speed.values()) - prediction.speed["decode"])
                 done += 1
                 if on_prediction:
                     on_prediction(sample, prediction)
@@ -239,7 +251,7 @@ def _predictions(predictor: Predictor, samples: Sequence[Sample], unreadable: li
     category = samples[0].category if samples and samples[0].category in known else None
 
     def note(source: Source, error: FastadError) -> None:
-        unreadable.append(f"{source.name}: {error}")
+        unreadable.append(str(error))
 
     paths = list(by_path)
     for prediction in predictor.iterate(paths, category=category, on_unreadable=note):
@@ -271,14 +283,15 @@ def calibrate_model(
         EngineError: the model is damaged or cannot be written.
     """
     path = Path(model)
+    # A rate outside (0, 1) and a sample too small for it are refused before minutes of work.
+    needed = calibration.needed_count(false_alarm_rate)
     samples = _held_out(path) if data is None else list(scan(data).train)
+    if len(samples) < needed:
+        calibration.calibrate(
+            np.zeros(len(samples)), [s.category for s in samples], (0, 1), false_alarm_rate
+        )
     scores, medians, peaks = [], [], []
     with open_model(path) as predictor:
-        # The sample's size is checked before minutes of work, not after.
-        if len(samples) < calibration.needed_count(false_alarm_rate):
-            calibration.calibrate(
-                np.zeros(len(samples)), [s.category for s in samples], (0, 1), false_alarm_rate
-            )
         for prediction in predictor.iterate([s.path for s in samples]):
             scores.append(prediction.raw_score)
             medians.append(float(np.median(prediction.model_map)))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastad import _native
+from fastad.atomic import write_whole
 from fastad.errors import InputError
 from fastad.postprocess import Region, find_regions, overlay
 from fastad.preprocess import Source
@@ -33,7 +34,8 @@ class Prediction:
         path: The file, or None for an image from memory.
         orig_shape: (H, W) of the original image.
         model_map: float32 at model size [H, W], straight from the graph.
-        speed: Milliseconds per image: ``preprocess``, ``inference``, ``postprocess``.
+        speed: Milliseconds per image, a mean over the images that ran together: ``decode`` (file
+            or float array to uint8), ``preprocess``, ``inference``, ``postprocess``.
     """
 
     def __init__(
@@ -96,6 +98,22 @@ class Prediction:
         """Connected parts of ``pred_mask``, highest peak first."""
         return find_regions(self.anomaly_map, self.pred_mask)
 
+    @property
+    def orig_img(self) -> NDArray[np.uint8]:
+        """uint8 RGB [H, W, 3] of the original image, read again from its file on each access.
+
+        Raises:
+            InputError: the file is gone, or now holds an image of another size.
+        """
+        frame = self._source.frame()
+        if frame.size != self.orig_shape:
+            raise InputError(
+                f"{self._source.name}: was {list(self.orig_shape)} (H, W) when it was predicted "
+                f"and is {list(frame.size)} now; predict it again"
+            )
+        pixels = frame.pixels if frame.pixels.ndim == 3 else frame.pixels[..., None].repeat(3, 2)
+        return pixels[..., 2::-1] if frame.swap_red_blue else pixels[..., :3]
+
     def plot(self, *, per_image_scale: bool = False) -> NDArray[np.uint8]:
         """uint8 RGB [H, W, 3]: the image with its heat map and the outline of the mask.
 
@@ -106,23 +124,22 @@ class Prediction:
         Raises:
             InputError: the image came from a file that is gone.
         """
-        frame = self._source.frame()
-        image = frame.pixels if frame.pixels.ndim == 3 else frame.pixels[..., None].repeat(3, 2)
-        image = image[..., 2::-1] if frame.swap_red_blue else image[..., :3]
+        image = self.orig_img
         if self._map_scale is None or per_image_scale:
             low, high = float(self.anomaly_map.min()), float(self.anomaly_map.max())
             return overlay(image, self.anomaly_map, (low, high if high > low else low + 1.0))
         return overlay(image, self.anomaly_map, self._map_scale, self.pred_mask)
 
     def save(self, path: str | Path) -> Path:
-        """Write `plot` as an image file, beside and renamed; returns the path.
+        """Write `plot` as an image file, complete or not at all; returns the path.
 
         Raises:
-            InputError: the suffix is no image format, or the folder cannot be written.
+            InputError: the suffix is no image format, or the image came from a file that is gone.
+            EngineError: the folder cannot be written, or the disk is full.
         """
         path = Path(path)
-        save_image(self.plot(), path)
-        return path
+        check_image_suffix(path)
+        return save_image(self.plot(), path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: scores, verdict, regions, provenance, timing; no pixels."""
@@ -152,17 +169,19 @@ class Prediction:
         return f"Prediction({verdict}, raw_score={self.raw_score:.6g}, path={self.path})"
 
 
-def save_image(pixels: NDArray[np.uint8], path: Path) -> None:
-    """Write an image beside its final name, then rename.
+def save_image(pixels: NDArray[np.uint8], path: Path) -> Path:
+    """Write an image complete or not at all; returns ``path``.
 
     Raises:
-        InputError: the suffix is no image format, or the folder cannot be written.
+        InputError: the suffix is no image format.
+        EngineError: the folder cannot be written, or the disk is full.
     """
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(beside)
-        beside.replace(path)
-    except (OSError, ValueError) as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written as an image ({error})") from error
+    check_image_suffix(path)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    return write_whole(path, lambda file: Image.fromarray(pixels).save(file, kind))
+
+
+def check_image_suffix(path: Path) -> None:
+    """Refuse a name whose suffix is no image format, before any pixel is made."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{path}: expected a name that ends in .png, .jpg or another image suffix")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from numbers import Real
 from os import PathLike
 from types import TracebackType
 from typing import NoReturn
@@ -14,7 +16,7 @@ from fastad import calibration
 from fastad.engine.base import Runtime
 from fastad.engine.container import read_engine
 from fastad.engine.select import open_runtime
-from fastad.errors import FastadError, InputError
+from fastad.errors import EngineError, FastadError, InputError
 from fastad.prediction import Prediction
 from fastad.preprocess import Color, Frame, Source, ValueRange, collect, to_batch
 from fastad.spec import Manifest, Threshold
@@ -84,17 +86,20 @@ class Predictor:
             One `Prediction` for one image; a list, in order, for a list or a batch.
 
         Raises:
-            InputError: an image or argument that cannot be used; nothing was run for it.
+            InputError: an argument that cannot be used, before anything ran; or an image that
+                cannot be decoded.
+            EngineError: the runtime fails, or its score is not finite.
         """
+        applied = self.threshold_for(category, threshold)
         sources, single = self._collect(images, color, value_range)
-        found = list(self._iterate(sources, threshold, category, None))
+        found = list(self._iterate(sources, threshold, applied, category, None))
         return found[0] if single else found
 
     __call__ = predict
 
     def iterate(
         self,
-        images: Sequence[object],
+        images: object,
         *,
         threshold: float | None = None,
         color: Color = "rgb",
@@ -102,10 +107,12 @@ class Predictor:
         value_range: ValueRange | None = None,
         on_unreadable: Unreadable | None = None,
     ) -> Iterator[Prediction]:
-        """Like `predict` on a list, one result at a time: memory holds one batch only.
+        """Like `predict`, one result at a time: of a list of paths, memory holds one batch only.
+
+        Arguments are checked at the call; images are read as the results are asked for.
 
         Args:
-            images: As in `predict`.
+            images: As in `predict`; one image gives one result.
             threshold: As in `predict`.
             color: As in `predict`.
             category: As in `predict`.
@@ -113,24 +120,24 @@ class Predictor:
             on_unreadable: Called with each image that cannot be decoded and its error; the image
                 is left out. None raises the error instead.
         """
-        sources, _ = self._collect(list(images), color, value_range)
-        return self._iterate(sources, threshold, category, on_unreadable)
+        applied = self.threshold_for(category, threshold)
+        sources, _ = self._collect(images, color, value_range)
+        return self._iterate(sources, threshold, applied, category, on_unreadable)
 
     def _collect(
         self, images: object, color: Color, value_range: ValueRange | None
     ) -> tuple[list[Source], bool]:
-        if self._closed:
-            raise InputError("predictor: it is closed; call fastad.load again")
+        self._check_open()
         return collect(images, color, value_range or self.manifest.spec.input.value_range)
 
     def _iterate(
         self,
         sources: list[Source],
         threshold: float | None,
+        applied: Threshold | None,
         category: str | None,
         on_unreadable: Unreadable | None,
     ) -> Iterator[Prediction]:
-        applied = self.threshold_for(category, threshold)
         for start in range(0, len(sources), BATCH):
             began = time.perf_counter()
             frames: list[tuple[Source, Frame]] = []
@@ -152,35 +159,46 @@ class Predictor:
         category: str | None,
         began: float,
     ) -> list[Prediction]:
+        self._check_open()  # it may have been closed between two results
+        decoded = time.perf_counter()
         batch = to_batch([frame for _, frame in frames], self.manifest.spec.input.size)
         prepared = time.perf_counter()
         maps, scores = self.runtime.run(batch)
         ran = time.perf_counter()
+        for (source, _), raw in zip(frames, scores.tolist(), strict=True):
+            if not math.isfinite(raw):  # no threshold holds back a NaN: it would pass as normal
+                raise EngineError(
+                    f"{source.name}: the raw score is {raw} on {self.runtime.name} "
+                    f"{self.runtime.precision}; run `fastad verify` on the engine"
+                )
         scale = self.manifest.calibration.map_scale if self.manifest.calibration else None
         value = applied.value if applied else threshold
+        calibrated = [
+            calibration.pred_score(raw, applied) if applied else None for raw in scores.tolist()
+        ]
         per_image = 1000.0 / len(frames)
         speed = {
-            "preprocess": (prepared - began) * per_image,
+            "decode": (decoded - began) * per_image,
+            "preprocess": (prepared - decoded) * per_image,
             "inference": (ran - prepared) * per_image,
-            "postprocess": 0.0,
+            "postprocess": (time.perf_counter() - ran) * per_image,
         }
-        found = []
-        for (source, frame), model_map, raw in zip(frames, maps, scores.tolist(), strict=True):
-            found.append(
-                Prediction(
-                    raw_score=raw,
-                    pred_score=calibration.pred_score(raw, applied) if applied else None,
-                    threshold=value,
-                    category=category,
-                    source=source,
-                    orig_shape=frame.size,
-                    model_map=model_map,
-                    map_scale=scale,
-                    speed=speed,
-                )
+        return [
+            Prediction(
+                raw_score=raw,
+                pred_score=score,
+                threshold=value,
+                category=category,
+                source=source,
+                orig_shape=frame.size,
+                model_map=model_map,
+                map_scale=scale,
+                speed=dict(speed),
             )
-        speed["postprocess"] = (time.perf_counter() - ran) * per_image
-        return found
+            for (source, frame), model_map, raw, score in zip(
+                frames, maps, scores.tolist(), calibrated, strict=True
+            )
+        ]
 
     def threshold_for(self, category: str | None, value: float | None = None) -> Threshold | None:
         """The calibrated threshold of a category (or pooled), moved to ``value`` if given.
@@ -190,8 +208,8 @@ class Predictor:
         Raises:
             InputError: the engine does not know the category, or ``value`` is not finite.
         """
-        if value is not None and not np.isfinite(value):
-            raise InputError(f"threshold: expected a finite number, got {value}")
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise InputError(f"threshold: expected a finite number, got {value!r}")
         known = self.manifest.spec.categories
         if category is not None and category not in known:
             raise InputError(f"category: expected one of {', '.join(known)}, got {category!r}")
@@ -202,9 +220,20 @@ class Predictor:
         return own if value is None else calibration.at(own, value)
 
     def warmup(self, batch: int = 1) -> None:
-        """Run once on black images, so that the first real image meets a warm runtime."""
+        """Run once on black images, so that the first real image meets a warm runtime.
+
+        Raises:
+            InputError: ``batch`` is below 1, or the predictor is closed.
+        """
+        self._check_open()
+        if batch < 1:
+            raise InputError(f"batch: expected at least 1 image, got {batch}")
         H, W = self.manifest.spec.input.size
         self.runtime.run(np.zeros((batch, H, W, 3), np.uint8))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("predictor: it is closed; call fastad.load again")
 
     def close(self) -> None:
         """Free the runtime; further predictions are errors."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastad.errors import EngineError
+from fastad.atomic import write_whole
 from fastad.evaluation import Evaluation, Scores
 from fastad.prediction import Prediction
 from fastad.spec import Manifest
@@ -45,22 +45,20 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Example:
-    """One test image as the report shows it; pixels are small copies."""
+    """One test image as the report shows it, a few kilobytes."""
 
     name: str
     is_anomalous: bool
     pred_label: bool | None
     pred_score: float | None
     raw_score: float
-    panels: tuple[NDArray[np.uint8], ...]  # image, heat map, mask
+    panels: tuple[bytes, ...]  # JPEG: image, heat map, mask
 
 
 def example_of(sample: Sample, prediction: Prediction) -> Example:
     """Image, heat map and true mask of one prediction."""
-    blended = prediction.plot()
-    image = Image.open(sample.path).convert("RGB")
     truth = read_mask(sample) if sample.mask_path or not sample.is_anomalous else None
-    panels = [np.asarray(image), blended]
+    panels = [prediction.orig_img, prediction.plot()]
     if truth is not None:
         panels.append(np.repeat(truth[..., None].astype(np.uint8) * 255, 3, 2))
     return Example(
@@ -69,7 +67,7 @@ def example_of(sample: Sample, prediction: Prediction) -> Example:
         pred_label=prediction.pred_label,
         pred_score=prediction.pred_score,
         raw_score=prediction.raw_score,
-        panels=tuple(panels),
+        panels=tuple(_small_jpeg(panel) for panel in panels),
     )
 
 
@@ -80,7 +78,7 @@ def write_report(
     examples: Sequence[Example],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the report beside its final name and rename it.
+    """Write the report, complete or not at all.
 
     Raises:
         EngineError: the folder cannot be written.
@@ -97,15 +95,7 @@ def write_report(
         *(_figure(example) for example in examples),
         "</html>",
     ]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("\n".join(parts), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise EngineError(f"{path}: cannot be written ({error.strerror})") from error
-    return path
+    return write_whole(path, lambda file: file.write("\n".join(parts).encode()))
 
 
 def _table(evaluation: Evaluation) -> str:
@@ -159,9 +149,13 @@ def _figure(example: Example) -> str:
     )
 
 
-def _data_url(pixels: NDArray[np.uint8]) -> str:
-    image = Image.fromarray(pixels)
+def _small_jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((300, 300))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def _data_url(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

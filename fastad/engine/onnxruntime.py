@@ -58,8 +58,11 @@ class ONNXRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
+        session = self._session
+        if session is None:
+            raise EngineError("onnxruntime: the runtime is closed; load the engine again")
         try:
-            anomaly_map, raw_score = self._session.run(
+            anomaly_map, raw_score = session.run(
                 ["anomaly_map", "raw_score"], {"image": np.ascontiguousarray(images)}
             )
         except Exception as error:  # its exception classes live in a private module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from typing import Any
 
@@ -54,17 +55,21 @@ class OpenVINORuntime:
         }
         try:
             core = ov.Core()
-            self._model = core.compile_model(core.read_model(graph), "CPU", config)
+            model = core.compile_model(core.read_model(graph), "CPU", config)
         except RuntimeError as error:
             raise EngineError(f"openvino: refuses the graph: {_last_line(error)}") from error
+        self._model: ov.CompiledModel | None = model
         self._requests: queue.LifoQueue[ov.InferRequest] = queue.LifoQueue()
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
+        model = self._model
+        if model is None:
+            raise EngineError("openvino: the runtime is closed; load the engine again")
         try:
             request = self._requests.get_nowait()
         except queue.Empty:
-            request = self._model.create_infer_request()
+            request = model.create_infer_request()
         try:
             request.infer([np.ascontiguousarray(images)], share_inputs=True)
             anomaly_map = request.get_tensor("anomaly_map").data.copy()
@@ -77,9 +82,10 @@ class OpenVINORuntime:
 
     def close(self) -> None:
         """Drop all requests and the compiled model."""
-        while not self._requests.empty():
-            self._requests.get_nowait()
-        del self._model
+        self._model = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._requests.get_nowait()
 
 
 def _last_line(error: Exception) -> str:

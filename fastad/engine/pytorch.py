@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastad.engine.base import Outputs, Precision
+from fastad.errors import EngineError
 from fastad.models.deployed import DeployedGraph
 from fastad.models.registry import Method
 
@@ -22,14 +23,17 @@ class PyTorchRuntime:
 
     def __init__(self, method: Method) -> None:
         self.precision: Precision = "fp32"
-        self._graph = DeployedGraph(method).eval()
+        self._graph: DeployedGraph | None = DeployedGraph(method).eval()
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
+        graph = self._graph
+        if graph is None:
+            raise EngineError("pytorch: the runtime is closed; load the checkpoint again")
         with torch.inference_mode():
-            anomaly_map, raw_score = self._graph(torch.from_numpy(np.ascontiguousarray(images)))
+            anomaly_map, raw_score = graph(torch.from_numpy(np.ascontiguousarray(images)))
         return anomaly_map.numpy(), raw_score.numpy()
 
     def close(self) -> None:
         """Drop the method."""
-        del self._graph
+        self._graph = None

@@ -144,4 +144,5 @@ def rebuild(spec: ModelSpec, state: Mapping[str, Tensor], source: str) -> Method
             f"{shapes[:3]}; the checkpoint is damaged or belongs to other settings"
         )
     method.load_state_dict(dict(state))
+    method.input = spec.input
     return method.eval()

@@ -36,7 +36,8 @@ class Aot:
         types: Triton type of every run-time argument, in order: ``"*fp16"``, ``"i32"``.
         constants: Compile-time arguments, and run-time ones fixed to a value.
         num_warps: Of the launch.
-        max_registers: Ceiling per thread, on every architecture.
+        max_registers: Ceiling per thread: what triton 3.6 or 3.9 needs on any architecture, rounded
+            up.
         unaligned: Arguments that are no multiple of 16.
     """
 

@@ -57,6 +57,18 @@ def require(reason: str | None) -> None:
         raise UnsupportedError(reason)
 
 
+def refuse_gradient(context: object, *gradients: Tensor) -> None:
+    """Backward of the registered operators: kernels have none, the public functions do.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "registered operators are for inference; call the function of the same name in fastad.ops, "
+        "which takes its differentiable reference when a gradient is needed"
+    )
+
+
 def why_unsupported_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """A dtype that the kernel has no form for, in a sentence."""
     if tensor.dtype in dtypes:

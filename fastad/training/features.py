@@ -47,8 +47,9 @@ class ImageData(Dataset[Tensor]):
     def __getitems__(self, indices: list[int]) -> Tensor:
         """One batch."""
         chosen = [self.samples[i] for i in indices]
+        spec = self.method.input
         images = np.concatenate(
-            [batch for batch, _ in load_images(chosen, self.method.input.size, on_error="raise")]
+            [batch for batch, _ in load_images(chosen, spec.size, spec.value_range)]
         )
         return normalised(images, self.method)
 

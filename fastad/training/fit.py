@@ -128,6 +128,7 @@ def train(
     *,
     weights: str = "imagenet",
     categories: Sequence[str] | None = None,
+    value_range: tuple[float, float] | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
     devices: int = 1,
@@ -143,6 +144,8 @@ def train(
         recipe: A shipped recipe's name, a YAML file, or a `Recipe`.
         weights: Of the backbone: ``imagenet`` (downloads), a file, or ``random``.
         categories: Which categories to train on; None takes all.
+        value_range: Grey levels (low, high) that become 0 and 255, for images of more than 8 bits;
+            the engine will expect the same.
         overrides: ``key=value`` changes to the recipe, such as ``train.epochs=5``.
         resume: Go on after a kill from the state in ``run``.
         devices: Processes (GPUs where there are any).
@@ -162,6 +165,7 @@ def train(
     folder = scan(data, categories)
     fit, holdout = _split(folder, settings)
     method = _build(recipe, weights, settings.seed)
+    method.input = replace(method.input, value_range=value_range)
     write_file(run / "recipe.yaml", dump_recipe(recipe).encode())
     source = _training_data(method, fit, settings, run, report)
     try:

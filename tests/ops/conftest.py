@@ -9,13 +9,28 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 
-def _one_thread() -> None:
+def _start(interpret: bool) -> None:
     torch.set_num_threads(1)
+    import triton
+
+    if not interpret or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return
+    # Before 3.7 a loop's bound became an int by int(array of one element): numpy 2.4 refuses.
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _process(interpret: bool) -> Iterator[ProcessPoolExecutor]:
@@ -26,8 +41,9 @@ def _process(interpret: bool) -> Iterator[ProcessPoolExecutor]:
         os.environ["TRITON_INTERPRET"] = "1"
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_one_thread) as pool:
-            pool.submit(_one_thread).result()
+        pool = ProcessPoolExecutor(1, context, _start, (interpret,))
+        with pool:
+            pool.submit(len, ()).result()
             os.environ.pop("TRITON_INTERPRET", None)
             yield pool
     finally:

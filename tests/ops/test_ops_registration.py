@@ -56,9 +56,12 @@ class Registered(torch.nn.Module):
 SINGLE = [pytest.param(op, NAMED[op].CASES[0], id=op) for op in OPS]
 
 
+def first_tensor_of(arguments: tuple[Any, ...]) -> Tensor:
+    return next(a[0] if isinstance(a, list) else a for a in arguments if not isinstance(a, str))
+
+
 def first_tensor(op: str, case: Any) -> Tensor:
-    _, arguments = called(op, case)
-    return arguments[1][0] if op == "anomaly_map" else arguments[0]
+    return first_tensor_of(called(op, case)[1])
 
 
 def registered_module(op: str, case: Any) -> Registered:
@@ -130,6 +133,15 @@ def test_models_train_through_all_of_them() -> None:
         return read, grid_interpolate(table, q[:, 0, :, :2].tanh())
 
     assert torch.autograd.gradcheck(losses, (q, table), fast_mode=True)
+
+
+@pytest.mark.parametrize("op", ["neighbor_attention", "grid_interpolate", "anomaly_map"])
+def test_registered_operators_refuse_gradients(op: str) -> None:
+    registered, arguments = called(op, NAMED[op].CASES[0])
+    first_tensor_of(arguments).requires_grad_()
+    out = registered(*arguments)
+    with pytest.raises(UnsupportedError, match="for inference; call the function"):
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
 
 
 def test_float16_exports_keep_their_dtype() -> None:

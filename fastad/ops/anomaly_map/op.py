@@ -9,7 +9,12 @@ from torch import Tensor
 
 from fastad.ops.anomaly_map import reference
 from fastad.ops.anomaly_map.reference import Distance, Refine
-from fastad.ops.check import require, why_unsupported_dtype, why_unsupported_strides
+from fastad.ops.check import (
+    refuse_gradient,
+    require,
+    why_unsupported_dtype,
+    why_unsupported_strides,
+)
 
 NAME = "fastad::anomaly_map"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,3 +103,4 @@ def _fake(
 torch.library.impl(NAME, "CompositeExplicitAutograd")(_anywhere)
 torch.library.impl(NAME, "CUDA")(_cuda)
 torch.library.register_fake(NAME)(_fake)
+torch.library.register_autograd(NAME, refuse_gradient)

@@ -43,7 +43,8 @@ def _cosine(f: Tensor, g: Tensor) -> Tensor:
     # F.cosine_similarity normalises both maps first: 1.5 times the time on a CPU.
     norm_f = torch.linalg.vector_norm(f, dim=1).clamp_min(EPS)
     norm_g = torch.linalg.vector_norm(g, dim=1).clamp_min(EPS)
-    return (f * g).sum(1) / (norm_f * norm_g)
+    cosine: Tensor = (f * g).sum(1) / (norm_f * norm_g)
+    return cosine
 
 
 def anomaly_map(

@@ -128,7 +128,7 @@ def aot() -> list[Aot]:
 
     return [
         variant("gather fp32 2-D", "gather", "fp32", (8, 8), (16, 128), 96),
-        variant("gather fp16 4-D", "gather", "fp16", (6, 6, 6, 6), (16, 128), 128),
+        variant("gather fp16 4-D", "gather", "fp16", (6, 6, 6, 6), (16, 128), 168),
         variant("hat fp16 2-D", "hat", "fp16", (8, 8), (64, 64), 128),
         variant("hat bf16 2-D", "hat", "bf16", (4, 4), (16, 128), 96),
     ]

@@ -7,7 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastad.ops.check import require, why_unsupported_dtype, why_unsupported_strides
+from fastad.ops.check import (
+    refuse_gradient,
+    require,
+    why_unsupported_dtype,
+    why_unsupported_strides,
+)
 from fastad.ops.grid_interpolate import reference
 
 NAME = "fastad::grid_interpolate"
@@ -77,7 +82,8 @@ def why_unsupported(table: Tensor, coords: Tensor, out: Tensor | None = None) ->
     return why_unsupported_dtype("table", table, KERNEL_DTYPES)
 
 
-# On a CPU too: torch's sampler gains on one image's 784 points and loses on eight (bench.ops).
+# On a CPU too. torch's sampler, with its layout turned to this one, took 0.6 times the time of the
+# product for 784 points of GRAD's local table and 1.9 times for 8 x 784.
 def _anywhere(table: Tensor, coords: Tensor, per_image: bool = False) -> Tensor:
     return reference.grid_interpolate(table, coords, per_image).contiguous()
 
@@ -115,3 +121,4 @@ torch.library.impl(NAME, "CUDA")(_cuda)
 torch.library.impl(NAME_OUT, "CUDA")(_cuda_out)
 torch.library.register_fake(NAME)(_fake)
 torch.library.register_fake(NAME_OUT)(_fake_out)
+torch.library.register_autograd(NAME, refuse_gradient)

@@ -101,7 +101,7 @@ def aot() -> list[Aot]:
     for element, itemsize, D, rows, ceiling in (
         ("fp32", 4, 32, 64, 192),
         ("fp16", 2, 32, 16, 96),
-        ("bf16", 2, 32, 64, 168),
+        ("bf16", 2, 32, 64, 192),
         ("fp32", 4, 128, 16, 255),
     ):
         keys = triton_impl.tile_keys(D, itemsize)

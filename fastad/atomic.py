@@ -1,0 +1,82 @@
+"""Files that appear complete or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from fastad.errors import EngineError
+
+
+class PartialFile:
+    """A file written beside its final name; leaving ``with`` renames it, an exception removes it.
+
+    A link is followed, and its target replaced. A device or a pipe, such as ``/dev/null``, cannot
+    be replaced and is written in place.
+
+    Raises:
+        EngineError: on entering or leaving, the folder cannot be made or written, or the disk is
+            full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._beside: Path | None = None
+        self._file: BinaryIO
+
+    def __enter__(self) -> BinaryIO:
+        try:
+            if self.path.is_dir():
+                raise EngineError(f"{self.path}: expected the name of a file, it is a folder")
+            if self.path.exists() and not self.path.is_file():
+                self._file = self.path.open("wb")
+                return self._file
+            self._target = self.path.resolve()
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._beside = self._target.with_name(f".{secrets.token_hex(8)}.partial")
+            self._file = self._beside.open("xb")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        return self._file
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+            if kind is None and self._beside:
+                self._beside.replace(self._target)
+        except OSError as failure:
+            if kind is None:  # else the first error says more
+                raise unwritable(self.path, failure) from failure
+        finally:
+            if self._beside:
+                with contextlib.suppress(OSError):
+                    self._beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Let ``write`` fill a `PartialFile`; returns ``path``.
+
+    Raises:
+        EngineError: as in `PartialFile`.
+    """
+    with PartialFile(path) as file:
+        try:
+            write(file)
+        except OSError as error:
+            raise unwritable(path, error) from error
+    return path
+
+
+def unwritable(target: object, error: OSError) -> EngineError:
+    """What an operating system's refusal to write means to the user."""
+    reason = error.strerror or error
+    return EngineError(f"{target}: cannot be written ({reason}); free some space or choose another")
