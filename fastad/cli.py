@@ -125,6 +125,24 @@ def train(
     _print(result, json_)
 
 
+@app.command("import-checkpoint")
+def import_checkpoint(
+    origin: Annotated[str, typer.Argument(help="uniad, grad, crad or rd4ad.")],
+    file: Annotated[Path, typer.Argument(help="The authors' file.")],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Encoder weights for rd4ad; downloaded by default.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Convert an authors' file. Example: fastad import-checkpoint grad a.pth.tar --out runs/a."""
+    from fastad.training.import_checkpoint.run import import_checkpoint as run_import
+
+    checkpoint = run_import(origin, file, out, teacher=teacher)
+    spec = checkpoint.record.spec
+    _print({"run": str(out), "method": spec.method, "size": list(spec.input.size)}, json_)
+
+
 @app.command()
 def calibrate(
     model: Annotated[Path, typer.Argument(help="Run folder or engine file.")],

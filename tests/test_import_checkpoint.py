@@ -7,12 +7,18 @@ import sys
 import types
 from pathlib import Path
 
+import golden_state
 import numpy as np
 import pytest
 import torch
+from fastad.export import export_engine
+from PIL import Image
 
-from fastad.errors import InputError
+from fastad.engine.container import read_engine
+from fastad.engine.parity import MAP_LIMIT
+from fastad.errors import FastadWarning, InputError
 from fastad.training.import_checkpoint.reader import read_state
+from fastad.training.import_checkpoint.run import import_checkpoint
 
 
 @pytest.fixture
@@ -96,3 +102,30 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="not readable as a checkpoint"):
         read_state(path)
+
+
+def test_imported_run_exports_like_a_trained_one(tmp_path: Path) -> None:
+    state, _, _ = golden_state.load("crad")
+    file = tmp_path / "ckpt_best.pth.tar"
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, file)
+    import_checkpoint("crad", file, tmp_path / "run")
+    images = []
+    for i in range(3):
+        images.append(tmp_path / f"{i}.png")
+        noise = np.random.default_rng(i).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(images[-1])
+    with pytest.warns(FastadWarning, match="not calibrated"):
+        engine = export_engine(tmp_path / "run", tmp_path / "crad.engine", images=images)
+    with read_engine(engine) as file_:
+        worst = max(report.map_max for v in file_.manifest.variants for report in v.parity)
+    print(f"imported CRAD, engine against PyTorch: {worst:.1e} of the range")
+    assert worst < MAP_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("origin", "teacher", "message"),
+    [("padim", None, "expected one of"), ("grad", "x.pth", "only rd4ad files lack")],
+)
+def test_import_refuses(tmp_path: Path, origin: str, teacher: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        import_checkpoint(origin, tmp_path / "x", tmp_path / "run", teacher=teacher)
