@@ -68,7 +68,8 @@ class Bars:
         return self  # shown with the first report: a refusal needs no empty bar above it
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, remark: str = "") -> None:
         """Show one step."""
@@ -94,7 +95,6 @@ def train(
         list[str] | None, typer.Option("--set", help="Override, such as train.epochs=5; repeat.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
-    devices: Annotated[int, typer.Option(help="Processes or GPUs.")] = 1,
     json_: Json = False,
 ) -> None:
     """Train on normal images. Example: fastad train data/ --out runs/a --recipe crad-s.paper."""
@@ -110,7 +110,6 @@ def train(
             value_range=value_range,
             overrides=set_ or (),
             resume=resume,
-            devices=devices,
             report=bars,
         )
     record = checkpoint.record

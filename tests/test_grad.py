@@ -119,7 +119,7 @@ def test_distance_equals_the_refined_output() -> None:
     x = features[0]
     with torch.no_grad():
         f = model.reconstruct(x)
-        S, e2 = model.similarity(f, x)
+        S, _ = model.similarity(f, x)
         refined = S[:, None] * x + (1 - S[:, None]) * f
         expected = (refined - x).norm(dim=1)
         loss = F.mse_loss(refined, x)

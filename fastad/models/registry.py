@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
@@ -59,6 +59,18 @@ class Method(nn.Module, ABC):
             image: float32 [B, 3, H, W], RGB in 0..1 normalised by ``input``'s mean and std.
         """
         return self.score(self.features(image))
+
+    @property
+    def visits_per_epoch(self) -> int:
+        """How often one training epoch goes through the images; 1 unless a method samples them."""
+        return 1
+
+    def finish(self, batches: Iterable[Tensor]) -> None:
+        """Set what follows from the training images after the last step; default: nothing.
+
+        Args:
+            batches: The images trained on, float32 [B, 3, H, W], normalised, not augmented.
+        """
 
     def adapt(self, features: Features) -> None:
         """Set constants that follow from a sample of the training features; default: none."""

@@ -53,6 +53,11 @@ class ImageData(Dataset[Tensor]):
         )
         return normalised(images, self.method)
 
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images in order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.__getitems__(list(range(start, min(start + size, len(self)))))
+
 
 class FeatureData(Dataset[Features]):
     """Frozen features of all images, computed once; owns the memory-mapped file if there is one."""
@@ -141,16 +146,13 @@ def _allocate(N: int, like: Features, where: str, folder: Path) -> tuple[list[Te
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on seed and epoch alone, so a resumed run repeats it.
+    """Permutations that depend on seed and epoch alone, so a resumed run repeats them.
 
-    With several processes each takes every ``world``-th index; the tail repeats the start so that
-    all take equally many.
+    An epoch is ``visits`` permutations of the ``n`` images.
     """
 
-    def __init__(
-        self, n: int, seed: int, first_epoch: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
-        self.n, self.seed, self.rank, self.world = n, seed, rank, world
+    def __init__(self, n: int, seed: int, first_epoch: int = 0, visits: int = 1) -> None:
+        self.n, self.seed, self.visits = n, seed, visits
         self.epoch = self.first_epoch = first_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -158,13 +160,12 @@ class EpochSampler(Sampler[int]):
         self.epoch = self.first_epoch + epoch
 
     def __len__(self) -> int:
-        return -(-self.n // self.world)
+        return self.n * self.visits
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator).tolist()
-        order += order[: len(self) * self.world - self.n]
-        return iter(order[self.rank :: self.world])
+        for _ in range(self.visits):
+            yield from torch.randperm(self.n, generator=generator).tolist()
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -43,8 +43,10 @@ from fastad.training.features import (
 from fastad.training.folder import ImageFolder, Sample, scan, split_holdout
 from fastad.training.progress import EpochProgress, Report
 from fastad.training.recipe import Recipe, TrainSettings, dump_recipe, load_recipe, settings_of
+from fastad.training.validation import Validation
 
 RESUME = "resume.safetensors"
+VALIDATION_MOST = 20  # images
 SAVE_EVERY_S = 30.0  # a kill costs at most this much work, and disks stay idle in short epochs
 
 
@@ -90,8 +92,8 @@ class _Module(pl.LightningModule):
 class _Saver(pl.Callback):
     """Writes the loss table and, now and then, everything a killed run needs to go on."""
 
-    def __init__(self, run: Path, rows: list[dict[str, float]]) -> None:
-        self.run, self.rows = run, rows
+    def __init__(self, run: Path, rows: list[dict[str, float]], validation: Validation) -> None:
+        self.run, self.rows, self.validation = run, rows, validation
         self.saved = self.started = time.monotonic()
         self.lr = 0.0
 
@@ -114,10 +116,10 @@ class _Saver(pl.Callback):
             "seconds": time.monotonic() - self.started,
         }
         self.rows.append(row)
-        last = module.epoch + 1 == module.settings.epochs
+        last = trainer.should_stop or module.epoch + 1 == module.settings.epochs
         if trainer.is_global_zero and (last or time.monotonic() - self.saved > SAVE_EVERY_S):
             _write_metrics(self.run, self.rows)
-            _save_resume(self.run, trainer, module, self.rows)
+            _save_resume(self.run, trainer, module, self.rows, self.validation)
             self.saved = time.monotonic()
 
 
@@ -131,7 +133,6 @@ def train(
     value_range: tuple[float, float] | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
-    devices: int = 1,
     report: Report | None = None,
 ) -> Checkpoint:
     """Train on the normal images below ``data``; all categories share one model.
@@ -148,7 +149,6 @@ def train(
             the engine will expect the same.
         overrides: ``key=value`` changes to the recipe, such as ``train.epochs=5``.
         resume: Go on after a kill from the state in ``run``.
-        devices: Processes (GPUs where there are any).
         report: Receives progress; None is silent.
 
     Returns:
@@ -167,13 +167,18 @@ def train(
     method = _build(recipe, weights, settings.seed)
     method.input = replace(method.input, value_range=value_range)
     write_file(run / "recipe.yaml", dump_recipe(recipe).encode())
+    fit, kept = _split_validation(fit, settings)
     source = _training_data(method, fit, settings, run, report)
+    validation = Validation(ImageData(kept, method), settings.batch, settings.patience)
     try:
-        rows = _run(method, source, settings, run, resume, devices, report)
+        rows = _run(method, source, validation, settings, run, resume, report)
     finally:
         if isinstance(source, FeatureData):
             source.close()
+    validation.restore(method)
     method.eval()
+    with torch.no_grad():
+        method.finish(ImageData(fit, method).batches(settings.batch))
     record = Record(
         spec=replace(method.spec, categories=folder.categories),
         data_root=str(folder.root.resolve()),
@@ -207,6 +212,15 @@ def _split(folder: ImageFolder, settings: TrainSettings) -> tuple[list[Sample], 
     return list(fit), list(holdout)
 
 
+def _split_validation(
+    fit: list[Sample], settings: TrainSettings
+) -> tuple[list[Sample], list[Sample]]:
+    if not settings.validation_fraction:
+        return fit, []
+    rest, kept = split_holdout(fit, settings.validation_fraction, settings.seed + 1)
+    return [*rest, *kept[VALIDATION_MOST:]], list(kept[:VALIDATION_MOST])
+
+
 def _build(recipe: Recipe, weights: str, seed: int) -> Method:
     torch.manual_seed(seed)
     return build(recipe.method, recipe.config, weights=weights)
@@ -231,10 +245,10 @@ def _training_data(
 def _run(
     method: Method,
     data: Dataset[Any],
+    validation: Validation,
     settings: TrainSettings,
     run: Path,
     resume: bool,
-    devices: int,
     report: Report | None,
 ) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
@@ -244,11 +258,14 @@ def _run(
         rows = json.loads(metadata["rows"])
         first_epoch, state = int(metadata["epoch"]), tensors
         method.load_state_dict(_part(tensors, "model."))
+        validation.load_state(tensors, metadata)
     module = _Module(method.train(), settings, first_epoch)
     loader = DataLoader(
         data,
         batch_size=settings.batch,
-        sampler=EpochSampler(len(cast(Any, data)), settings.seed, first_epoch),
+        sampler=EpochSampler(
+            len(cast(Any, data)), settings.seed, first_epoch, method.visits_per_epoch
+        ),
         collate_fn=lambda batch: batch,  # __getitems__ has stacked it already
         generator=torch.Generator(),  # else every new iterator draws from the epoch's numbers
     )
@@ -257,7 +274,7 @@ def _run(
     trainer = pl.Trainer(
         max_epochs=settings.epochs - first_epoch,
         accelerator="auto",
-        devices=devices,
+        devices=1,
         gradient_clip_val=settings.gradient_clip or None,
         logger=False,
         enable_checkpointing=False,
@@ -265,7 +282,8 @@ def _run(
         enable_model_summary=False,
         use_distributed_sampler=False,
         callbacks=[
-            _Saver(run, rows),
+            *([validation] if len(cast(Any, validation.data)) else []),
+            _Saver(run, rows, validation),
             EpochProgress(report, settings.epochs, first_epoch),
             *([_Restore(state)] if state else []),
         ],
@@ -298,7 +316,11 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _save_resume(
-    run: Path, trainer: pl.Trainer, module: _Module, rows: list[dict[str, float]]
+    run: Path,
+    trainer: pl.Trainer,
+    module: _Module,
+    rows: list[dict[str, float]],
+    validation: Validation,
 ) -> None:
     tensors = {f"model.{k}": v for k, v in module.method.state_dict().items()}
     optimizer = trainer.optimizers[0]
@@ -306,8 +328,9 @@ def _save_resume(
     for index, p in enumerate(params):
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
-    metadata = {"epoch": str(module.epoch + 1), "rows": json.dumps(rows)}
-    save_tensors(run / RESUME, tensors, metadata)
+    best, progress = validation.state()
+    metadata = {"epoch": str(module.epoch + 1), "rows": json.dumps(rows), **progress}
+    save_tensors(run / RESUME, tensors | best, metadata)
 
 
 def _write_metrics(run: Path, rows: list[dict[str, float]]) -> None:

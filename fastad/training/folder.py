@@ -34,19 +34,21 @@ from fastad.preprocess import (
     to_batch,
 )
 
-Layout = Literal["mvtec", "category", "plain"]
+Layout = Literal["mvtec", "category", "plain", "visa"]
 
 _MVTEC = """
   <category>/
     train/good/              normal images, required
     test/good/               normal images
     test/<defect>/           anomalous images
-    ground_truth/<defect>/   masks, <image>_mask.png or <image>.png"""
+    ground_truth/<defect>/   masks, <image>_mask.png or <image>.png
+with ok/ for good/ as well, as in BTAD"""
 _LAYOUTS = f"""expected one of
   <root>/<category>/...      one or more categories, each as below
   <root>/                    itself one category, as below
   <root>/*.png               normal images only
   <root>/good/*.png          normal images, with bad/ and masks/ if there are any
+  <root>/split_csv/1cls.csv  VisA as published
 where a category is{_MVTEC}"""
 
 
@@ -89,7 +91,7 @@ def scan(
 
     Recognised are the MVTec AD layout (a folder of categories or one category) and plain folders of
     normal images, in ``root`` or ``root/good``, with optional anomalous images in ``root/bad`` and
-    their masks in ``root/masks``. Suffixes count in any case, hidden entries are left out, files
+    their masks in ``root/masks``, and VisA with its table of splits. Suffixes count in any case, hidden entries are left out, files
     are in natural order, links are followed. Other entries of ``root`` are ignored as soon as it
     has category folders. Files are listed and not opened.
 
@@ -106,9 +108,11 @@ def scan(
     """
     root = Path(root)
     _check_folder(root)
-    chosen = (categories,) if isinstance(categories, str) else categories
-    if chosen is not None and not chosen:
-        raise InputError("categories: expected at least one name or None for all, got none")
+    if (root / "split_csv/1cls.csv").is_file():
+        # Imported here: that module builds on this one.
+        from fastad.training.visa import scan_visa
+
+        return scan_visa(root, categories)
     # Path.resolve would name the target of a link, not what the user called it.
     name = Path(os.path.abspath(root)).name  # noqa: PTH100
     layout: Layout
@@ -122,14 +126,7 @@ def scan(
         layout, folders = "plain", {name: root}
     else:
         raise InputError(f"{root}: no images found, there is {_content(root)}; {_LAYOUTS}")
-    names = tuple(folders) if chosen is None else tuple(dict.fromkeys(chosen))
-    for category in names:
-        if category not in folders:
-            near = difflib.get_close_matches(category, folders, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                f"categories: {root} has no category {category!r}{hint} It has {', '.join(folders)}"
-            )
+    names = check_categories(root, tuple(folders), categories)
     if mask_folder != "ground_truth" and not any(
         (folders[category] / mask_folder).is_dir() for category in names
     ):
@@ -143,6 +140,29 @@ def scan(
         train += normal
         test += labelled
     return ImageFolder(root, layout, names, tuple(train), tuple(test))
+
+
+def check_categories(
+    root: Path, present: Sequence[str], categories: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The chosen categories, each once; all that are present when None.
+
+    Raises:
+        InputError: none was chosen, or one that is not present.
+    """
+    if categories is None:
+        return tuple(present)
+    chosen = (categories,) if isinstance(categories, str) else tuple(dict.fromkeys(categories))
+    if not chosen:
+        raise InputError("categories: expected at least one name or None for all, got none")
+    for category in chosen:
+        if category not in present:
+            near = difflib.get_close_matches(category, present, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"categories: {root} has no category {category!r}{hint} It has {', '.join(present)}"
+            )
+    return chosen
 
 
 def split_holdout(
@@ -298,14 +318,15 @@ def _mvtec_category(
     """Train and test samples of ``train/good``, ``test/*`` and the mask folder."""
     train, test = folder / "train", folder / "test"
     _check_folder(train)
-    others = [entry.name for entry in _subfolders(train) if entry.name != "good"]
+    normal_name = "ok" if not (train / "good").is_dir() and (train / "ok").is_dir() else "good"
+    others = [entry.name for entry in _subfolders(train) if entry.name != normal_name]
     stray = [image.name for image in list_images(train)]
     if others or stray:
         raise InputError(
-            f"{train}: holds {_first(others + stray)} beside good/, and training uses normal "
-            f"images only; move defects to test/. Expected{_MVTEC}"
+            f"{train}: holds {_first(others + stray)} beside {normal_name}/, and training uses "
+            f"normal images only; move defects to test/. Expected{_MVTEC}"
         )
-    normal = _normal_images(train / "good", category)
+    normal = _normal_images(train / normal_name, category)
     labelled: list[Sample] = []
     if test.exists():
         _check_folder(test)
@@ -313,7 +334,7 @@ def _mvtec_category(
             raise InputError(f"{test}: {_first(stray)} have no label. Expected{_MVTEC}")
         for entry in _subfolders(test):
             # On some systems Good and good are one folder; a defect it is on none.
-            if entry.name.casefold() == "good":
+            if entry.name.casefold() in ("good", normal_name):
                 labelled += [Sample(path, category, False) for path in list_images(entry)]
             else:
                 labelled += _anomalous_images(entry, category, folder / mask_folder / entry.name)

@@ -23,7 +23,9 @@ class TrainSettings:
     by ``step_factor`` after epochs ``step_epochs``, twice that, ... (epoch 0 counts, as in the
     authors' trainers); None keeps it. ``holdout`` is the share of each category's normal training
     images that is kept for calibration and never trained on. ``gradient_clip`` is a global L2
-    norm; 0 is off.
+    norm; 0 is off. With a ``validation_fraction`` that share of the training images (at most 20,
+    as in InTra's paper) is kept out of the gradient, training stops after ``patience`` epochs
+    without a lower loss on them, and the best epoch is the result instead of the last.
     """
 
     epochs: int
@@ -39,6 +41,8 @@ class TrainSettings:
     seed: int = 0
     holdout: float = 0.2
     cache: Literal["auto", "memory", "file", "off"] = "auto"
+    validation_fraction: float = 0.0
+    patience: int = 50
 
 
 @dataclass(frozen=True)
