@@ -91,9 +91,9 @@ def scan(
 
     Recognised are the MVTec AD layout (a folder of categories or one category) and plain folders of
     normal images, in ``root`` or ``root/good``, with optional anomalous images in ``root/bad`` and
-    their masks in ``root/masks``, and VisA with its table of splits. Suffixes count in any case, hidden entries are left out, files
-    are in natural order, links are followed. Other entries of ``root`` are ignored as soon as it
-    has category folders. Files are listed and not opened.
+    their masks in ``root/masks``, and VisA with its table of splits. Suffixes count in any case,
+    hidden entries are left out, files are in natural order, links are followed. Other entries of
+    ``root`` are ignored as soon as it has category folders. Files are listed and not opened.
 
     Args:
         root: The folder.
@@ -112,6 +112,8 @@ def scan(
         # Imported here: that module builds on this one.
         from fastad.training.visa import scan_visa
 
+        if mask_folder != "ground_truth":
+            raise InputError(f"mask_folder: {root} is VisA, its table names the masks")
         return scan_visa(root, categories)
     # Path.resolve would name the target of a link, not what the user called it.
     name = Path(os.path.abspath(root)).name  # noqa: PTH100
@@ -158,7 +160,7 @@ def check_categories(
     for category in chosen:
         if category not in present:
             near = difflib.get_close_matches(category, present, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise InputError(
                 f"categories: {root} has no category {category!r}{hint} It has {', '.join(present)}"
             )
