@@ -7,20 +7,22 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from fastad.atomic import unwritable
+from fastad.console import (
+    Bars,
+    calibration_table,
+    diagnosis_tables,
+    manifest_tables,
+    messages,
+    parity_table,
+    plain,
+    print_result,
+    scores_table,
+)
 from fastad.errors import FastadError, FastadWarning, InputError
-
-if TYPE_CHECKING:
-    from fastad.evaluation import Evaluation
-    from fastad.spec import Calibration, Manifest, ParityReport
 
 app = typer.Typer(
     help="From a folder of normal images to a fast, verified anomaly-detection engine.",
@@ -28,18 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-messages = Console(stderr=True)
-SCORE_HEADS = {
-    "image_auroc": "image\nAUROC",
-    "image_ap": "image\nAP",
-    "image_f1max": "image\nF1max",
-    "pixel_auroc": "pixel\nAUROC",
-    "pixel_ap": "pixel\nAP",
-    "pixel_f1max": "pixel\nF1max",
-    "aupro": "pixel\nAUPRO",
-    "false_alarm_rate": "false\nalarm",
-    "detection_rate": "\nfound",
-}
 PARTLY_FAILED = 3  # exit code: results were written, some images could not be read
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -47,36 +37,10 @@ Runtime = Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
 Categories = Annotated[list[str] | None, typer.Option("--category", help="Only these; repeat.")]
+ValueRange = Annotated[
+    tuple[float, float] | None, typer.Option(help="Black and white of images above 8 bits.")
+]
 Rate = Annotated[float, typer.Option(help="Accepted share of normal images called anomalous.")]
-
-
-class Bars:
-    """Progress bars on stderr, one per stage, for anything that reports (stage, done, total)."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:>18}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[remark]}"),
-            console=messages,
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Bars:
-        return self  # shown with the first report: a refusal needs no empty bar above it
-
-    def __exit__(self, *_: object) -> None:
-        if self._tasks:
-            self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int, remark: str = "") -> None:
-        """Show one step."""
-        self._progress.start()
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, remark="")
-        self._progress.update(self._tasks[stage], completed=done, total=total, remark=remark)
 
 
 @app.command()
@@ -88,9 +52,7 @@ def train(
         str, typer.Option(help="Backbone weights: imagenet (downloads), a file, or random.")
     ] = "imagenet",
     category: Categories = None,
-    value_range: Annotated[
-        tuple[float, float] | None, typer.Option(help="Black and white of images above 8 bits.")
-    ] = None,
+    value_range: ValueRange = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override, such as train.epochs=5; repeat.")
     ] = None,
@@ -121,7 +83,7 @@ def train(
         "held_out": len(record.holdout),
         "final_loss": float(record.provenance["final_loss"]),
     }
-    _print(result, json_)
+    print_result(result, json_)
 
 
 @app.command("import-checkpoint")
@@ -139,7 +101,7 @@ def import_checkpoint(
 
     checkpoint = run_import(origin, file, out, teacher=teacher)
     spec = checkpoint.record.spec
-    _print({"run": str(out), "method": spec.method, "size": list(spec.input.size)}, json_)
+    print_result({"run": str(out), "method": spec.method, "size": list(spec.input.size)}, json_)
 
 
 @app.command()
@@ -158,7 +120,7 @@ def calibrate(
         fitted = calibrate_model(model, data=data, false_alarm_rate=false_alarm_rate, progress=bars)
     from fastad.spec import to_json
 
-    _print(json.loads(to_json(fitted)), json_, _calibration_table(fitted))
+    print_result(json.loads(to_json(fitted)), json_, calibration_table(fitted))
 
 
 @app.command()
@@ -180,8 +142,8 @@ def export(
         path = export_engine(run, out, images=chosen, report=bars)
     with read_engine(path) as engine:
         reports = [report for variant in engine.manifest.variants for report in variant.parity]
-    result = {"engine": str(path), "bytes": path.stat().st_size, "parity": _plain(reports)}
-    _print(result, json_, _parity_table(reports, str(path)))
+    result = {"engine": str(path), "bytes": path.stat().st_size, "parity": plain(reports)}
+    print_result(result, json_, parity_table(reports, str(path)))
 
 
 @app.command()
@@ -190,6 +152,7 @@ def predict(
     sources: Annotated[list[str], typer.Argument(help="Images, folders or globs.")],
     threshold: Annotated[float | None, typer.Option(help="In units of the raw score.")] = None,
     category: Annotated[str | None, typer.Option(help="Product class.")] = None,
+    value_range: ValueRange = None,
     out: Annotated[Path | None, typer.Option(help="JSON lines file; stdout by default.")] = None,
     overlays: Annotated[Path | None, typer.Option(help="Folder for heat map images.")] = None,
     maps: Annotated[Path | None, typer.Option(help="Folder for float32 maps (.npy).")] = None,
@@ -218,7 +181,11 @@ def predict(
         if masks and predictor.manifest.calibration is None:
             raise InputError("--masks: the engine is not calibrated; run `fastad calibrate` first")
         results = predictor.iterate(
-            paths, threshold=threshold, category=category, on_unreadable=note
+            paths,
+            threshold=threshold,
+            category=category,
+            value_range=value_range,
+            on_unreadable=note,
         )
         for done, prediction in enumerate(results, 1):
             lines.write(json.dumps(prediction.to_dict() | folders.write(prediction)))
@@ -240,6 +207,9 @@ def evaluate(
     ),
     mask_folder: Annotated[str, typer.Option(help="Folder of masks.")] = "ground_truth",
     report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Check data and print the papers' table: mvtec, visa, ...")
+    ] = None,
     runtime: Runtime = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
@@ -252,6 +222,12 @@ def evaluate(
 
     if resolution not in ("model", "original"):
         raise InputError(f"resolution: expected model or original, got {resolution!r}")
+    if protocol:
+        from fastad.protocol_table import protocol_results, protocol_table
+        from fastad.training.protocols import load_protocol
+
+        # Of a prepared folder --category picks the split, and the root is that split's.
+        data = load_protocol(protocol, data, category).root
     examples: list[Example] = []
     with Bars() as bars:
         result = run_evaluation(
@@ -268,11 +244,53 @@ def evaluate(
         )
     if report:
         write_report(report, result, read_manifest(model), examples)
-    _print(result.to_dict(), json_, _scores_table(result))
+    document, tables = result.to_dict(), [scores_table(result)]
+    if protocol:
+        table = {Path(model).stem: result}
+        document["protocol"] = protocol_results(protocol, table)
+        tables.append(protocol_table(protocol, table))
+    print_result(document, json_, *tables)
     for line in result.unreadable:
         messages.print(line, markup=False, style="red", soft_wrap=True)
     if result.unreadable:
         raise typer.Exit(PARTLY_FAILED)
+
+
+@app.command()
+def prepare(
+    protocol: Annotated[str, typer.Argument(help="cifar10-unified, mnist-oneclass, ...")],
+    root: Annotated[Path, typer.Argument(help="Folder of the original files.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    split: Annotated[list[str] | None, typer.Option(help="Only these; repeat.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; the protocol's by default.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Class data sets as folders. Example: fastad prepare cifar10-unified data/ --out cifar/."""
+    from fastad.training.materialise import materialise
+    from fastad.training.protocols import read_record
+
+    with Bars() as bars:
+        path = materialise(protocol, root, out, splits=split, size_px=size, progress=bars)
+    splits = list(read_record(path)["splits"])
+    print_result({"out": str(path), "protocol": protocol, "splits": splits}, json_)
+
+
+@app.command()
+def table(
+    protocol: Annotated[str, typer.Argument(help="mvtec, visa, btad, cifar10-unified, ...")],
+    results: Annotated[list[Path], typer.Argument(help="Files of `fastad evaluate --json`.")],
+    label: Annotated[str, typer.Option(help="Heading, such as the method.")] = "fastad",
+    json_: Json = False,
+) -> None:
+    """One table from one model per category. Example: fastad table cifar10-unified *.json."""
+    from fastad.protocol_table import protocol_results, protocol_table, read_evaluation
+
+    evaluations = {label: [read_evaluation(path) for path in results]}
+    print_result(
+        protocol_results(protocol, evaluations), json_, protocol_table(protocol, evaluations)
+    )
 
 
 @app.command()
@@ -283,8 +301,10 @@ def verify(
     from fastad.engine.parity import verify as run_verify
 
     reports, absent = run_verify(engine)
-    result = {"engine": str(engine), "verified": True, "parity": _plain(reports), "absent": absent}
-    _print(result, json_, _parity_table(reports, f"{engine}: every hash and golden image agrees"))
+    result = {"engine": str(engine), "verified": True, "parity": plain(reports), "absent": absent}
+    print_result(
+        result, json_, parity_table(reports, f"{engine}: every hash and golden image agrees")
+    )
     for reason in absent:
         messages.print(reason, style="yellow", markup=False, soft_wrap=True)
 
@@ -297,7 +317,7 @@ def info(engine: Annotated[Path, typer.Argument(help="Engine file.")], json_: Js
 
     with read_engine(engine) as file:
         manifest = file.manifest
-    _print(json.loads(to_json(manifest)), json_, *_manifest_tables(manifest, engine))
+    print_result(json.loads(to_json(manifest)), json_, *manifest_tables(manifest, engine))
 
 
 @app.command()
@@ -306,11 +326,7 @@ def doctor(json_: Json = False) -> None:
     from fastad.doctor import diagnose
 
     found = diagnose()
-    table = Table("runtime", "precision", "usable", title=f"fastad {found.fastad}, {found.machine}")
-    for row in found.runtimes:
-        table.add_row(row.runtime, row.precision, "yes" if row.reason is None else row.reason)
-    packages = ", ".join(f"{k} {v or 'absent'}" for k, v in found.packages.items())
-    _print(found.to_dict(), json_, table, f"{found.cores} cores; {packages}")
+    print_result(found.to_dict(), json_, *diagnosis_tables(found))
 
 
 @app.command()
@@ -323,91 +339,9 @@ def demo(
 
     with Bars() as bars:
         result, table = run_demo(out, seed, bars)
-    messages.print(_scores_table(table))
+    messages.print(scores_table(table))
     messages.print(f"report: {out / 'report.html'}", markup=False)
     print(json.dumps(result))
-
-
-def _print(result: dict[str, Any], as_json: bool, *readable: Any) -> None:
-    try:
-        if as_json:
-            print(json.dumps(result, indent=1), flush=True)
-            return
-        console = Console()
-        if not readable:
-            readable = ("\n".join(f"{key}: {value}" for key, value in result.items()),)
-        for part in readable:
-            console.print(part, markup=False) if isinstance(part, str) else console.print(part)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise unwritable("standard output", error) from error
-
-
-def _plain(reports: list[ParityReport]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    return [asdict(report) for report in reports]
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _scores_table(result: Evaluation) -> Table:
-    title = f"{result.model} on {result.data}, {result.ms_per_image:.2f} ms per image"
-    caption = "false alarms and found defects at the calibrated threshold"
-    # Eleven columns in 80 characters: two-line heads, three digits, one blank between columns.
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("category", overflow="fold")
-    table.add_column("images", justify="right", no_wrap=True, min_width=5)
-    for head in SCORE_HEADS.values():
-        table.add_column(head, justify="right", no_wrap=True, min_width=5)
-    for row in (*result.categories, result.mean):
-        values = (_number(getattr(row, name), 3) for name in SCORE_HEADS)
-        table.add_row(row.category, str(row.images), *values)
-    return table
-
-
-def _parity_table(reports: list[ParityReport], title: str) -> Table:
-    columns = ("runtime", "precision", "images", "map max", "map mean", "score max", "flips")
-    table = Table(*columns, title=title, caption="differences over the range of the maps")
-    for r in reports:
-        differences = (f"{v:.2e}" for v in (r.map_max, r.map_mean, r.score_max))
-        table.add_row(r.runtime, r.precision, str(r.images), *differences, str(r.decision_flips))
-    return table
-
-
-def _calibration_table(fitted: Calibration) -> Table:
-    title = f"at most {fitted.false_alarm_rate:.2%} of normal images above the threshold"
-    table = Table("category", "threshold", "median", "images", title=title)
-    for name, t in {"pooled": fitted.pooled, **fitted.per_category}.items():
-        table.add_row(name, f"{t.value:.6g}", f"{t.median:.6g}", str(t.count))
-    for name in fitted.uncovered:
-        table.add_row(name, "pooled", "-", "too few")
-    return table
-
-
-def _manifest_tables(manifest: Manifest, path: Path) -> list[Any]:
-    spec = manifest.spec
-    facts = Table("field", "value", title=str(path))
-    rows = {
-        "method": spec.method,
-        "input": f"{spec.input.size[0]} x {spec.input.size[1]} (H x W) RGB uint8",
-        "categories": ", ".join(spec.categories) or "-",
-        "map": spec.map_rule,
-        "raw score": spec.score_rule,
-        "format": str(manifest.format_version),
-        **manifest.provenance,
-    }
-    for key, value in rows.items():
-        facts.add_row(key, value)
-    parts: list[Any] = [facts]
-    for variant in manifest.variants:
-        parts.append(_parity_table(list(variant.parity), f"{variant.member} ({variant.precision})"))
-    if manifest.calibration:
-        parts.append(_calibration_table(manifest.calibration))
-    return parts
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ SHOWN_EACH = 2  # images per category and defect in the report
 NOTES = (
     "Three photographs from scikit-image, cut into crops; defects are painted into test crops by a "
     "seeded procedure. They are plain to the eye: this shows that the road works, no more.",
-    "Crops of one band overlap, so the calibration sample is less varied than its count says.",
+    "Crops of one tile overlap, so the calibration sample is less varied than its count says.",
 )
 
 

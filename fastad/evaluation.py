@@ -271,7 +271,8 @@ def calibrate_model(
     Args:
         model: Run folder, or an engine file (its thresholds are replaced, its graph stays).
         data: Folder of normal images in any layout `scan` reads; None takes the images that
-            training held out, which only a run folder knows.
+            training held out, which only a run folder knows. Folders named like the model's
+            categories set their thresholds too, all others the pooled one only.
         false_alarm_rate: Largest accepted share of normal images called anomalous, in (0, 1).
         progress: Called with stage, images done and images in all.
 
@@ -292,6 +293,7 @@ def calibrate_model(
         )
     scores, medians, peaks = [], [], []
     with open_model(path) as predictor:
+        known = predictor.manifest.spec.categories
         for prediction in predictor.iterate([s.path for s in samples]):
             scores.append(prediction.raw_score)
             medians.append(float(np.median(prediction.model_map)))
@@ -304,6 +306,10 @@ def calibrate_model(
         calibration.heat_map_scale(np.array(medians), np.array(peaks)),
         false_alarm_rate,
     )
+    # A folder that is no category of the model counts in the pool only: nothing could ask for it.
+    own = {name: t for name, t in fitted.per_category.items() if name in known}
+    missing = tuple(name for name in known if name not in own)
+    fitted = replace(fitted, per_category=own, uncovered=missing)
     _store(path, fitted)
     return fitted
 

@@ -221,7 +221,8 @@ def expand(sources: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Files that paths, folders and glob patterns stand for.
 
     A folder stands for the images in it and below it, by suffix, in natural order (``2.png`` before
-    ``10.png``); hidden entries are left out and each linked folder is visited once. A pattern
+    ``10.png``); hidden entries and ``ground_truth`` folders, which hold masks, are left out, and
+    each linked folder is visited once. A pattern
     stands for the matching images. A file that is named stands for itself, whatever its suffix.
 
     Raises:
@@ -280,7 +281,11 @@ def _walk(folder: Path, seen: set[Path]) -> list[Path]:
         return []
     seen.add(folder.resolve())
     # Natural order here too: it decides by which of two links a folder is reached.
-    entries = [e for e in sorted(_entries(folder), key=natural_key) if not e.name.startswith(".")]
+    entries = [
+        e
+        for e in sorted(_entries(folder), key=natural_key)
+        if not e.name.startswith(".") and e.name != "ground_truth"
+    ]
     below = [image for e in entries if e.is_dir() for image in _walk(e, seen)]
     return below + [e for e in entries if _is_image(e)]
 

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastad.serve": RUNTIME | {"fastad.serve"},
     "fastad.evaluation": RUNTIME | {"fastad.training.folder", "fastad.training.checkpoint"},
     "fastad.report": RUNTIME | {"fastad.evaluation", "fastad.training.folder"},
+    "fastad.protocol_table": BASE | {"fastad.evaluation", "fastad.training.protocols"},
     "fastad.ops": {"fastad.ops", "fastad.errors"},
     "fastad.models": BASE | {"fastad.models", "fastad.ops"},
     "fastad.training": BASE | {"fastad.training", "fastad.models", "fastad.preprocess"},
@@ -55,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastad.demo": ANYTHING,
     "fastad.cli": ANYTHING,
     "fastad.__main__": {"fastad.cli"},
+    "fastad.console": {"fastad.atomic", "fastad.doctor", "fastad.evaluation", "fastad.spec"},
 }
 MAY_NOT_IMPORT = {"fastad.engine": {"fastad.engine.pytorch"}}  # it pulls torch in
 

@@ -108,7 +108,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go_the_whole_road(method: str, data: Path, folder: Path) -> None:
     settings = TrainSettings(epochs=1, batch=3, lr=1e-3, holdout=0.4)
-    checkpoint = train(data, folder / "run", Recipe(method, settings, TINY[method]), weights="random")
+    checkpoint = train(
+        data, folder / "run", Recipe(method, settings, TINY[method]), weights="random"
+    )
     assert len(checkpoint.record.holdout) == 3
     fitted = calibrate_model(folder / "run", false_alarm_rate=0.25)
     assert fitted.pooled.count == 3

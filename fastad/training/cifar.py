@@ -11,6 +11,7 @@ import gzip
 import io
 import math
 import pickle
+import pickletools
 import struct
 import tarfile
 import zlib
@@ -214,7 +215,13 @@ def _unpickle_batch(content: bytes, name: str) -> tuple[NDArray[np.uint8], NDArr
         ) from error
 
     try:
+        for opcode, argument, _ in pickletools.genops(content):
+            # Python's unpickler allocates up to the highest number that a value is stored under.
+            if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+                refuse(f"it stores a value under number {argument}")
         batch: Any = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    except InputError:
+        raise
     except Exception as error:  # broken pickles raise errors of any class
         refuse(str(error) or type(error).__name__, error)
     if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
@@ -306,6 +313,4 @@ def _require(name: ClassSetName, files: list[Path]) -> None:
 
 
 def _missing(name: ClassSetName, expected: str) -> InputError:
-    return InputError(
-        f"{expected}; fastad downloads nothing, the files come from {SOURCES[name]}"
-    )
+    return InputError(f"{expected}; fastad downloads nothing, the files come from {SOURCES[name]}")

@@ -1,10 +1,10 @@
 """A small data set from the texture photographs that ship inside scikit-image.
 
-Three photographs (brick, grass, gravel; 512 x 512, public domain) are cut into bands: training
-crops come from the upper half, calibration and test crops from two other bands, so that no pixel
-of a test image was seen in training or calibration. Some test crops get a painted defect, plain
-to the eye, and its mask: the set shows that the road works, it does not rank methods. Everything
-follows from the seed.
+Three photographs (brick, grass, gravel; 512 x 512, public domain) are cut into 4 x 4 tiles: two of
+each row and column give training crops, one calibration and one test crops. No pixel of a test
+image was seen in training or calibration, and light that changes across a photograph reaches all.
+Some test crops get a painted defect, plain to the eye, and its mask: the set shows that the road
+works, it does not rank methods. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastad.errors import UnsupportedError
 
 CATEGORIES = ("brick", "grass", "gravel")
 CROP_PX = 96
-BANDS = {"train": (0, 256), "calibration": (256, 384), "test": (384, 512)}  # rows
+TILE_PX = 128
+ROLES = ("train", "calibration", "train", "test")  # a tile's is ROLES[(row + column) % 4]
 COUNTS = {"train": 80, "calibration": 100, "test": 20}  # normal crops per category
 DEFECTS = ("scratch", "hole", "smear", "stain")
 DEFECTS_EACH = 6  # test images per category and kind
@@ -36,7 +37,7 @@ class DemoData:
     """Folders of the demo set."""
 
     root: Path  # MVTec layout: train and test
-    calibration: Path  # <category>/good, normal crops of a band of their own
+    calibration: Path  # <category>/good, normal crops of tiles of their own
 
 
 def prepare(folder: Path, seed: int = 0) -> DemoData:
@@ -73,11 +74,16 @@ def _as_rgb(gray: NDArray[np.uint8]) -> Pixels:
     return np.repeat(np.asarray(gray, np.uint8)[..., None], 3, axis=2)
 
 
-def _crops(photograph: Pixels, band: str, count: int, rng: np.random.Generator) -> list[Pixels]:
-    top, bottom = BANDS[band]
-    ys = rng.integers(top, bottom - CROP_PX + 1, count)
-    xs = rng.integers(0, photograph.shape[1] - CROP_PX + 1, count)
-    return [photograph[y : y + CROP_PX, x : x + CROP_PX] for y, x in zip(ys, xs, strict=True)]
+def _crops(photograph: Pixels, role: str, count: int, rng: np.random.Generator) -> list[Pixels]:
+    """Crops from the tiles of one role, all tiles in turn."""
+    tiles = [(r, c) for r in range(4) for c in range(4) if ROLES[(r + c) % 4] == role]
+    crops = []
+    for i in range(count):
+        row, column = tiles[i % len(tiles)]
+        y = row * TILE_PX + rng.integers(0, TILE_PX - CROP_PX + 1)
+        x = column * TILE_PX + rng.integers(0, TILE_PX - CROP_PX + 1)
+        crops.append(photograph[y : y + CROP_PX, x : x + CROP_PX])
+    return crops
 
 
 def _save(pixels: Pixels, path: Path) -> None:

@@ -1,45 +1,27 @@
-"""Published protocols: which data, which split, which order of rows; and the tables of the papers.
+"""Published protocols: which data, which split, which rows in which order.
 
-`load_protocol` checks a data set and labels it, `materialise` turns CIFAR-10, MNIST and
-Fashion-MNIST into folders of images, `protocol_table` prints results as the papers do.
+`load_protocol` checks a data set and labels it. CIFAR-10, MNIST and Fashion-MNIST become folders of
+images first (`fastad.training.materialise`); `fastad.protocol_table` prints results.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
-import secrets
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from fastad.atomic import unwritable
 from fastad.errors import FastadWarning, InputError
-from fastad.training.cifar import (
-    CLASSES,
-    COUNTS,
-    SOURCES,
-    ClassSet,
-    ClassSetName,
-    read_class_set,
-)
+from fastad.training.cifar import CLASSES, SOURCES, ClassSetName
 from fastad.training.folder import ImageFolder, scan
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fastad.evaluation import Evaluation
-
-RECORD = "protocol.json"
-HEADS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
-Progress = Callable[[str, int, int], None]  # stage, done, total
+RECORD = "protocol.json"  # in the folder that `materialise` makes
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,7 @@ class ClassProtocol:
     """How ten classes become normal and anomalous: split by split, each with its own model."""
 
     data: ClassSetName
-    normal: dict[str, tuple[int, ...]]  # labels of the normal classes of each split
+    normal: Mapping[str, tuple[int, ...]]  # labels of the normal classes of each split
     size_px: int  # side of the images that the method reads
     resampling: Image.Resampling
 
@@ -94,13 +76,14 @@ _AUPRO = (
     "AUPRO over all test images of a category up to 30 % false positives; the figures of Reverse "
     "Distillation's authors average per image and do not compare"
 )
+_RAW_GREY = "; Reverse Distillation's authors do not normalise these images, fastad does"
 _UNIFIED = {"01234": (0, 1, 2, 3, 4), "56789": (5, 6, 7, 8, 9)} | {
     "02468": (0, 2, 4, 6, 8),
     "13579": (1, 3, 5, 7, 9),
 }
 
 
-def _one_class(name: str, data: ClassSetName, title: str) -> Protocol:
+def _one_class(name: str, data: ClassSetName, title: str, note: str = "") -> Protocol:
     labels = {row: (label,) for label, row in enumerate(CLASSES[data])}
     return Protocol(
         name,
@@ -109,9 +92,10 @@ def _one_class(name: str, data: ClassSetName, title: str) -> Protocol:
         f"a folder made by `fastad prepare {name}`",
         {"mean": CLASSES[data]},
         ("image_auroc",),
-        # 32 x 32 and torchvision's default resize, as in Reverse Distillation's one-class loader.
+        # 32 x 32 as in Reverse Distillation's loader, which does not say how it resizes: bilinear
+        # is the default of the library it uses.
         classes=ClassProtocol(data, labels, 32, Image.Resampling.BILINEAR),
-        note="one model per class",
+        note=f"one model per class{note}",
     )
 
 
@@ -166,8 +150,8 @@ PROTOCOLS: dict[str, Protocol] = {
             note="rows are the labels of the normal classes, one model per row",
         ),
         _one_class("cifar10-oneclass", "cifar10", "CIFAR-10"),
-        _one_class("mnist-oneclass", "mnist", "MNIST"),
-        _one_class("fashion-oneclass", "fashion-mnist", "Fashion-MNIST"),
+        _one_class("mnist-oneclass", "mnist", "MNIST", _RAW_GREY),
+        _one_class("fashion-oneclass", "fashion-mnist", "Fashion-MNIST", _RAW_GREY),
     )
 }
 
@@ -247,26 +231,25 @@ def _check_counts(protocol: Protocol, found: ImageFolder, category: str) -> None
         )
 
 
-def _load_split(
-    protocol: Protocol, root: Path, split: str | Sequence[str] | None
-) -> ImageFolder:
-    # A split lies at OUT/<split>/<split>, and each of the three may be what the user names.
+def _load_split(protocol: Protocol, root: Path, split: str | Sequence[str] | None) -> ImageFolder:
+    # A split lies at OUT/<split>/<split>, and the user may name any of the three folders.
     above = (root, *root.absolute().parents[:2])
     out = next((folder for folder in above if (folder / RECORD).is_file()), None)
     if out is None:
         raise InputError(f"{root}: no {RECORD} here; expected {_expected(protocol)}")
-    record = _read_record(out)
+    record = read_record(out)
     if record.get("protocol") != protocol.name:
         raise InputError(
             f"{out}: made for protocol {record.get('protocol')}, not for {protocol.name}"
         )
-    chosen = (split,) if isinstance(split, str) else tuple(split or ())
-    if not chosen and out is not root:
-        chosen = (root.absolute().name,)
+    names = [split] if isinstance(split, str) else list(split or ())
+    if out is not root:
+        names.append(root.absolute().name)
+    chosen = tuple(dict.fromkeys(names))
     if len(chosen) != 1 or chosen[0] not in record["splits"]:
         raise InputError(
             f"{out}: expected one split, for each has its own model, of "
-            f"{', '.join(record['splits'])}, got {', '.join(chosen) or 'none'}"
+            f"{', '.join(record['splits'])}; got {', '.join(chosen) or 'none'}"
         )
     found = scan(out / chosen[0])
     if list(_count(found, chosen[0])) != record["splits"][chosen[0]]:
@@ -278,93 +261,8 @@ def _load_split(
     return found
 
 
-def materialise(
-    name: str,
-    root: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    splits: Sequence[str] | None = None,
-    size_px: int | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Write the images of a class protocol as folders that train, calibrate and evaluate read.
-
-    Each split becomes ``out/<split>/<split>`` in MVTec AD's layout: train and evaluate on
-    ``out/<split>``, one model each (``out`` itself is no data set, so that the splits are never
-    mixed). An image is stored once, lossless; other splits link to it. All of
-    `cifar10-unified` takes 60,000 files of together about 2 GB. The folder appears when it is
-    complete; one that was made before from the same files is left as it is.
-
-    Args:
-        name: A protocol of classes, such as ``cifar10-unified``.
-        root: Folder of the original files, or CIFAR-10's archive.
-        out: Folder to make.
-        splits: Which; None takes all.
-        size_px: Side of the square images; that of the protocol when None.
-        progress: Called with stage, images done and images in all.
-
-    Returns:
-        ``out``.
-
-    Warns:
-        FastadWarning: the files hold another number of images than published.
-
-    Raises:
-        InputError: original files are missing or damaged, the protocol needs no preparation, or
-            ``out`` holds something else.
-        EngineError: ``out`` cannot be written.
-    """
-    protocol, root, out = find_protocol(name), Path(root), Path(out)
-    classes = protocol.classes
-    if classes is None:
-        raise InputError(f"{name}: needs no preparation, pass {root} itself to train and evaluate")
-    chosen = protocol.rows if splits is None else tuple(dict.fromkeys(splits))
-    if not chosen or any(split not in protocol.rows for split in chosen):
-        raise InputError(
-            f"splits: expected some of {', '.join(protocol.rows)}, got {', '.join(chosen) or 'none'}"
-        )
-    size_px = classes.size_px if size_px is None else size_px
-    if not 1 <= size_px <= 4096:
-        raise InputError(f"size_px: expected 1 to 4096, got {size_px}")
-    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: expected a new or empty folder")
-    found = read_class_set(classes.data, root)
-    counts = (len(found.train.labels), len(found.test.labels))
-    if counts != COUNTS[classes.data]:
-        warnings.warn(
-            f"{root}: holds {counts} training and test images, {classes.data} as published "
-            f"{COUNTS[classes.data]}; figures do not compare",
-            FastadWarning,
-            stacklevel=2,
-        )
-    record: dict[str, Any] = {
-        "protocol": name,
-        "size_px": size_px,
-        "splits": {split: _counts(found, classes.normal[split]) for split in chosen},
-        "sources": {file.name: _sha256(file) for file in found.files},
-    }
-    if (out / RECORD).is_file():
-        _check_same(out, _read_record(out), record)
-        return out
-    try:
-        _write(out, found, classes, record, progress)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    return out
-
-
-def _counts(found: ClassSet, normal: tuple[int, ...]) -> list[int]:
-    train = sum(int(label) in normal for label in found.train.labels)
-    test = sum(int(label) in normal for label in found.test.labels)
-    return [train, test, len(found.test.labels) - test]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _read_record(out: Path) -> dict[str, Any]:
+def read_record(out: Path) -> dict[str, Any]:
+    """What `materialise` wrote about a folder that it made."""
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -372,221 +270,3 @@ def _read_record(out: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("splits"), dict):
         raise InputError(f"{out / RECORD}: not a record of `fastad prepare`")
     return record
-
-
-def _check_same(out: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
-    """Splits may be there that were not asked for; all else has to agree."""
-    for key, value in record.items():
-        have = before.get(key)
-        if key == "splits" and isinstance(have, dict):
-            have = {split: have[split] for split in value if split in have}
-        if have != value:
-            raise InputError(
-                f"{out}: was prepared before with another {key}; choose another --out, or remove it"
-            )
-
-
-def _write(
-    out: Path,
-    found: ClassSet,
-    classes: ClassProtocol,
-    record: dict[str, Any],
-    progress: Progress | None,
-) -> None:
-    """All splits and the record, beside ``out`` first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    total = len(found.train.labels) + len(found.test.labels)
-    try:
-        for split in record["splits"]:
-            (beside / split / split / "train" / "good").mkdir(parents=True)
-            (beside / split / split / "test" / "good").mkdir(parents=True)
-            for label, name in enumerate(CLASSES[classes.data]):
-                if label not in classes.normal[split]:
-                    (beside / split / split / "test" / name).mkdir()
-        for done, (image, places) in enumerate(_images(found, classes, tuple(record["splits"])), 1):
-            if places:
-                first = beside / places[0]
-                # Level 1: a third of the time of the default for a quarter more bytes.
-                _resized(image, record["size_px"], classes).save(first, compress_level=1)
-                for place in places[1:]:
-                    _link(first, beside / place)
-            if progress and (done % 100 == 0 or done == total):
-                progress("prepare", done, total)
-        (beside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _images(
-    found: ClassSet, classes: ClassProtocol, splits: tuple[str, ...]
-) -> Iterator[tuple[Any, list[Path]]]:
-    """Each image and where it goes; the number in its name is its place in the original files."""
-    for part, data in (("train", found.train), ("test", found.test)):
-        for index, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-            name = CLASSES[classes.data][label]
-            places = []
-            for split in splits:
-                is_normal = int(label) in classes.normal[split]
-                if is_normal or part == "test":
-                    folder = Path(split, split, part, "good" if is_normal else name)
-                    places.append(folder / f"{name}_{index:05d}.png")
-            yield image, places
-
-
-def _resized(image: Any, size_px: int, classes: ClassProtocol) -> Image.Image:
-    picture = Image.fromarray(image)
-    if picture.size == (size_px, size_px):
-        return picture
-    return picture.resize((size_px, size_px), classes.resampling)
-
-
-def _link(first: Path, place: Path) -> None:
-    try:
-        os.link(first, place)
-    except OSError:  # a file system without links, or the limit of links to one file
-        shutil.copyfile(first, place)
-
-
-def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
-    """An `Evaluation` from the JSON that ``fastad evaluate --json`` printed.
-
-    Raises:
-        InputError: no such file, or not such JSON.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from fastad.evaluation import Evaluation
-
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-        return TypeAdapter(Evaluation).validate_python(tree)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path}: expected the output of `fastad evaluate --json` ({reason})"
-        ) from error
-
-
-def protocol_results(
-    name: str, evaluations: Mapping[str, Evaluation | Sequence[Evaluation]]
-) -> dict[str, Any]:
-    """The figures of `protocol_table` as plain JSON values, AUROC and AUPRO in 0..1.
-
-    Args:
-        name: One of `PROTOCOLS`.
-        evaluations: By label, such as a method's name: one evaluation for a unified model, or
-            several where each category or split has a model of its own.
-
-    Returns:
-        ``rows`` in the papers' order and ``means`` of groups and of all, each by label and metric;
-        None where nothing was measured. A mean is over the ``count`` rows that were measured.
-
-    Raises:
-        InputError: a category that the protocol does not have, or that one label has twice.
-    """
-    protocol = find_protocol(name)
-    scores = {label: _by_category(protocol, label, given) for label, given in evaluations.items()}
-    groups = protocol.groups or {
-        "mean": tuple(dict.fromkeys(category for found in scores.values() for category in found))
-    }
-    everything = tuple(row for group in groups.values() for row in group)
-    rows = {
-        row: {
-            label: {metric: getattr(found.get(row), metric, None) for metric in protocol.metrics}
-            for label, found in scores.items()
-        }
-        for row in everything
-    }
-    means = {**groups, "mean": everything}
-    return {
-        "protocol": name,
-        "title": protocol.title,
-        "source": protocol.source,
-        "note": protocol.note,
-        "labels": list(scores),
-        "metrics": list(protocol.metrics),
-        "rows": rows,
-        "groups": {group: list(members) for group, members in means.items()},
-        "means": {
-            group: {
-                label: {m: _mean([rows[r][label][m] for r in members]) for m in protocol.metrics}
-                for label in scores
-            }
-            for group, members in means.items()
-        },
-    }
-
-
-def _by_category(
-    protocol: Protocol, label: str, given: Evaluation | Sequence[Evaluation]
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for evaluation in given if isinstance(given, Sequence) else (given,):
-        for scores in evaluation.categories:
-            if protocol.groups and scores.category not in protocol.rows:
-                raise InputError(
-                    f"{label}: {scores.category} is no category of {protocol.title}; expected "
-                    f"{', '.join(protocol.rows)}"
-                )
-            if scores.category in found:
-                raise InputError(f"{label}: {scores.category} was evaluated more than once")
-            found[scores.category] = scores
-    return found
-
-
-def _mean(values: list[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    return {"value": sum(known) / len(known) if known else None, "count": len(known)}
-
-
-def protocol_table(
-    name: str, evaluations: Mapping[str, Evaluation | Sequence[Evaluation]]
-) -> Table:
-    """Results as the papers print them: percent, rows in their order, means below, '-' for none.
-
-    A mean over fewer rows than the protocol has is followed by how many of them it covers, such as
-    ``96.5 (13/15)``: it compares with no published mean. Arguments and errors are those of
-    `protocol_results`.
-    """
-    from rich.table import Table
-
-    results = protocol_results(name, evaluations)
-    labels, metrics, groups = results["labels"], results["metrics"], results["groups"]
-    table = Table(title=f"{results['title']}, in %", caption=results["note"] or None)
-    table.add_column("category")
-    for label in labels:
-        for metric in metrics:
-            head = HEADS[metric] if len(labels) == 1 else f"{label}\n{HEADS[metric]}"
-            table.add_column(head, justify="right")
-
-    def mean_row(group: str) -> list[str]:
-        total = len(groups[group])
-        means = results["means"][group]
-        return [_mean_cell(means[label][m], total) for label in labels for m in metrics]
-
-    printed = [group for group in groups if group != "mean"] or ["mean"]
-    for group in printed:
-        for row in groups[group]:
-            cells = results["rows"][row]
-            table.add_row(row, *(_percent(cells[label][m]) for label in labels for m in metrics))
-        table.add_section()
-        if group != "mean":
-            table.add_row(f"mean of {group}", *mean_row(group))
-            table.add_section()
-    table.add_row("mean", *mean_row("mean"))
-    return table
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _mean_cell(mean: dict[str, Any], total: int) -> str:
-    covers = f" ({mean['count']}/{total})" if 0 < mean["count"] < total else ""
-    return _percent(mean["value"]) + covers
