@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastad.export import export_engine
 from PIL import Image
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ import fastad
 from fastad.engine.container import read_engine
 from fastad.engine.parity import MAP_LIMIT
 from fastad.evaluation import calibrate_model
-from fastad.export import export_engine
 from fastad.models import Method, methods
 from fastad.models import registry as registry_module
 from fastad.models.backbone import Backbone, BackboneConfig

@@ -9,28 +9,9 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import pytest
-import torch
-
-
-def _start(interpret: bool) -> None:
-    torch.set_num_threads(1)
-    import triton
-
-    if not interpret or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
-        return
-    # Before 3.7 a loop's bound became an int by int(array of one element): numpy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
+from ops_processes import start
 
 
 def _process(interpret: bool) -> Iterator[ProcessPoolExecutor]:
@@ -41,7 +22,7 @@ def _process(interpret: bool) -> Iterator[ProcessPoolExecutor]:
         os.environ["TRITON_INTERPRET"] = "1"
     context = multiprocessing.get_context("spawn")
     try:
-        pool = ProcessPoolExecutor(1, context, _start, (interpret,))
+        pool = ProcessPoolExecutor(1, context, start, (interpret,))
         with pool:
             pool.submit(len, ()).result()
             os.environ.pop("TRITON_INTERPRET", None)

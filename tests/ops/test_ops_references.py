@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastad.errors import InputError
+from fastad.errors import InputError, UnsupportedError
 from fastad.ops.anomaly_map import anomaly_map, bilinear_matrix, distance_map
+from fastad.ops.check import require
 from fastad.ops.grid_interpolate import grid_interpolate
 from fastad.ops.grid_interpolate import op as grid_op
 from fastad.ops.neighbor_attention import neighbor_attention, neighbor_mask
@@ -31,8 +32,12 @@ def attention_by_hand(
     v: torch.Tensor,
     grid: tuple[int, int],
     window: tuple[int, int],
+    q_position: torch.Tensor | None = None,
+    k_position: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query at a time, over the keys that are left."""
+    q = q if q_position is None else q + q_position.expand_as(q)
+    k = k if k_position is None else k + k_position.expand_as(k)
     out = torch.zeros_like(q)
     for i in range(grid[0] * grid[1]):
         y, x = divmod(i, grid[1])
@@ -64,6 +69,32 @@ def test_attention_is_a_softmax_over_the_keys_left(
     torch.testing.assert_close(out, attention_by_hand(q, k, v, grid, window))
 
 
+@pytest.mark.parametrize("registered", [False, True], ids=["reference", "registered"])
+@pytest.mark.parametrize("names", ["q", "k", "qk"])
+def test_attention_adds_positions_to_queries_and_keys_only(names: str, registered: bool) -> None:
+    grid, window = (4, 5), (3, 1)
+    q, k, v = (rand(2, 3, 20, 4) for _ in range(3))
+    positions = {f"{name}_position": rand(3, 20, 4) for name in names}
+    before = [t.clone() for t in (q, k)]
+    with torch.set_grad_enabled(not registered):
+        q.requires_grad_(not registered)
+        out = neighbor_attention(q, k, v, grid=grid, window=window, **positions).detach()
+    torch.testing.assert_close(out, attention_by_hand(q, k, v, grid, window, **positions).detach())
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+
+
+def test_positions_get_gradients() -> None:
+    q, k, v = (rand(2, 2, 6, 3) for _ in range(3))
+    positions = tuple(rand(2, 6, 3).requires_grad_() for _ in range(2))
+
+    def read(q_position: torch.Tensor, k_position: torch.Tensor) -> torch.Tensor:
+        return neighbor_attention(
+            q, k, v, grid=(2, 3), window=(1, 1), q_position=q_position, k_position=k_position
+        )
+
+    assert torch.autograd.gradcheck(read, positions)
+
+
 def test_rows_that_see_nothing_are_zero_and_pass_no_gradient() -> None:
     q, k, v = (rand(1, 1, 9, 4).requires_grad_() for _ in range(3))
     neighbor_attention(q, k, v, grid=(3, 3), window=(3, 3)).sum().backward()
@@ -93,6 +124,17 @@ ATTENTION_REFUSALS = [
     ({"grid": (2, 4)}, r"grid: expected \(H, W\) with H \* W = 6 tokens, got \(2, 4\)"),
     ({"window": (2, 3)}, "window: expected two odd sizes"),
     ({"window": (-1, 3)}, "window: expected two odd sizes"),
+    ({"q_position": rand(1, 1, 6, 4)}, r"q_position: expected \[heads, N, D\], got 4 dimensions"),
+    ({"q_position": rand(1, 5, 4)}, r"q_position: expected \[1, 6, 4\], .* got \[1, 5, 4\]"),
+    ({"k_position": rand(2, 6, 4)}, r"k_position: expected \[1, 6, 4\], .* got \[2, 6, 4\]"),
+    (
+        {"k_position": rand(1, 6, 4, dtype=torch.float32)},
+        "k_position: expected dtype torch.float64, got torch.float32",
+    ),
+    (
+        {"q_position": torch.zeros(1, 6, 4, dtype=torch.float64, device="meta")},
+        "q_position: expected device cpu, got meta",
+    ),
 ]
 
 
@@ -121,6 +163,28 @@ def test_attention_refuses(change: dict[str, Any], message: str) -> None:
 def test_attention_kernel_says_why_not(q: torch.Tensor, message: str) -> None:
     reason = attention_op.why_unsupported(q, q, q)
     assert reason is not None and message in reason
+
+
+POSITION_REASONS = [
+    (
+        {"q_position": torch.zeros(1, 4, 6).transpose(1, 2)},
+        "q_position: expected stride 1 along D",
+    ),
+    (
+        {"k_position": torch.zeros(1).as_strided((1, 1, 4), (0, 2**31, 1))},
+        "k_position: strides .* exceed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), POSITION_REASONS, ids=["strided", "too far"])
+def test_attention_kernel_says_why_not_these_positions(
+    change: dict[str, torch.Tensor], message: str
+) -> None:
+    q = torch.zeros(1, 1, 6, 4)
+    assert attention_op.why_unsupported(q, q, q, q[0], q[0]) is None
+    with pytest.raises(UnsupportedError, match=message):
+        require(attention_op.why_unsupported(q, q, q, **change))
 
 
 @pytest.mark.parametrize("registered", [False, True], ids=["reference", "registered"])

@@ -21,14 +21,18 @@ def neighbor_attention(
     *,
     grid: tuple[int, int],
     window: tuple[int, int],
+    q_position: Tensor | None = None,  # [heads, N, D] like q
+    k_position: Tensor | None = None,  # [heads, N, D] like q
 ) -> Tensor:  # [B, heads, N, D] like q
     """Scaled dot-product attention with keys inside the query's window excluded.
 
-    Computes ``softmax(q @ k.T / sqrt(D)) @ v`` over the keys outside a window centred on the query
-    and cut at the border; the query's own token is inside the window. Rows with no key left give
-    0. Scores and sums run in float32 whatever the input. Differentiable: with gradients, and in
-    exports, this is `reference.neighbor_attention` in standard operations; otherwise
-    ``fastad::neighbor_attention``, whose result lies in memory as [B, N, heads, D].
+    Computes ``softmax((q + q_position) @ (k + k_position).T / sqrt(D)) @ v`` over the keys outside
+    a window centred on the query and cut at the border; the query's own token is inside the window.
+    Rows with no key left give 0. Scores and sums run in float32 whatever the input; only queries
+    and keys may be rounded to their dtype once more where positions have been added.
+    Differentiable: with gradients, and in exports, this is `reference.neighbor_attention` in
+    standard operations; otherwise ``fastad::neighbor_attention``, whose result lies in memory as
+    [B, N, heads, D].
 
     Args:
         q: Queries, tokens row-major over ``grid``.
@@ -36,6 +40,8 @@ def neighbor_attention(
         v: Values.
         grid: (H, W) of the tokens, ``H * W = N``.
         window: (H, W) of the excluded window in tokens, odd; 0 on an axis excludes nothing.
+        q_position: Added to the queries of every image; the CUDA kernel adds it in registers.
+        k_position: Added to the keys of every image, in the same way; values never see it.
 
     Returns:
         Attended values.
@@ -52,8 +58,11 @@ def neighbor_attention(
     >>> neighbor_attention(zero, zero, v, grid=(1, 3), window=(1, 1)).flatten()
     tensor([1.5000, 1.0000, 0.5000])
     """
-    reference.check_arguments(q, k, v, grid, window)
-    if runs_registered(q, k, v):
-        out: Tensor = torch.ops.fastad.neighbor_attention(q, k, v, grid, window)
+    reference.check_arguments(q, k, v, grid, window, q_position, k_position)
+    positions = [t for t in (q_position, k_position) if t is not None]
+    if runs_registered(q, k, v, *positions):
+        out: Tensor = torch.ops.fastad.neighbor_attention(
+            q, k, v, grid, window, q_position, k_position
+        )
         return out
-    return reference.neighbor_attention(q, k, v, grid, window)
+    return reference.neighbor_attention(q, k, v, grid, window, q_position, k_position)

@@ -32,6 +32,7 @@ def _case(
     D: int,
     *,
     tokens_first: bool = False,
+    positions: str = "",  # of "q", "k" or both
     tiles: tuple[int, int, int] | None = None,
     interpreted: bool = True,
 ) -> Case:
@@ -39,13 +40,14 @@ def _case(
         random = seeded(name)
         N = grid[0] * grid[1]
 
-        def tensor() -> Tensor:
+        def tensor(*batch: int) -> Tensor:
             if tokens_first:  # as a projection [B, N, heads * D] leaves it
-                return torch.randn(B, N, heads, D, generator=random).to(dtype).transpose(1, 2)
-            return torch.randn(B, heads, N, D, generator=random).to(dtype)
+                return torch.randn(*batch, N, heads, D, generator=random).to(dtype).transpose(-3, -2)
+            return torch.randn(*batch, heads, N, D, generator=random).to(dtype)
 
-        q, k, v = tensor(), tensor(), tensor()
+        q, k, v = tensor(B), tensor(B), tensor(B)
         arguments: Arguments = {"q": q, "k": k, "v": v, "grid": grid, "window": window}
+        arguments |= {f"{name}_position": tensor() for name in positions}
         return arguments | ({"tiles": tiles} if tiles else {})
 
     return Case(name, make, interpreted)
@@ -54,6 +56,12 @@ def _case(
 CASES = [
     _case("uniad", 1, 8, (14, 14), (7, 7), 32, tokens_first=True, tiles=(64, 64, 4)),
     _case("ragged", 2, 3, (7, 9), (3, 5), 20, tiles=(16, 16, 2)),  # nothing divides a block
+    _case("ragged, positions", 2, 3, (9, 7), (5, 3), 20, positions="qk", tiles=(16, 16, 2)),
+    # Loops without mask add the position too, and the strides of positions are a projection's.
+    _case(
+        "key position", 2, 2, (24, 23), (3, 3), 32,
+        tokens_first=True, positions="k", tiles=(64, 64, 4),
+    ),
     _case("blind middle", 1, 2, (7, 7), (7, 7), 32, tiles=(32, 32, 2)),
     _case("all blind", 1, 1, (4, 4), (7, 7), 16, tiles=(16, 16, 2)),
     _case("no window", 1, 2, (6, 7), (0, 0), 16, tiles=(32, 16, 2)),
@@ -70,6 +78,12 @@ CASES = [
 BENCH = [
     _case(f"{n}x{n} B{B}", B, 8, (n, n), (7, 7), 32, interpreted=False)
     for n in (14, 28, 56)
+    for B in (1, 8, 64)
+] + [
+    _case(
+        f"positions {n}x{n} B{B}", B, 8, (n, n), (7, 7), 32, positions="qk", interpreted=False
+    )
+    for n in (14, 28)
     for B in (1, 8, 64)
 ]
 
@@ -89,7 +103,8 @@ def kernel(out: Tensor, **arguments: Any) -> None:
 def call_op(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Any, tuple[Any, ...]]:
     """The registered operator and its positional arguments."""
     op_ = torch.ops.fastad.neighbor_attention.default
-    return op_, (q, k, v, settings["grid"], settings["window"])
+    positions = settings.get("q_position"), settings.get("k_position")
+    return op_, (q, k, v, settings["grid"], settings["window"], *positions)
 
 
 def aot() -> list[Aot]:
@@ -97,23 +112,31 @@ def aot() -> list[Aot]:
     from fastad.ops.neighbor_attention import triton_impl
 
     strides = [f"s_{t}{axis}" for t in "qkvo" for axis in "bhn"]
+    strides += [f"s_{t}p{axis}" for t in "qk" for axis in "hn"]
     variants = []
-    for element, itemsize, D, rows, ceiling in (
-        ("fp32", 4, 32, 64, 192),
-        ("fp16", 2, 32, 16, 96),
-        ("bf16", 2, 32, 64, 192),
-        ("fp32", 4, 128, 16, 255),
+    for element, itemsize, D, rows, ceiling, positions in (
+        ("fp32", 4, 32, 64, 192, ""),
+        ("fp16", 2, 32, 16, 96, ""),
+        ("bf16", 2, 32, 64, 192, ""),
+        ("fp32", 4, 128, 16, 255, ""),
+        ("fp32", 4, 32, 64, 192, "qk"),
+        ("fp16", 2, 32, 16, 96, "qk"),
+        ("bf16", 2, 32, 64, 192, "k"),
+        ("fp32", 4, 128, 16, 255, "qk"),
     ):
         keys = triton_impl.tile_keys(D, itemsize)
         pointer = f"*{element}"
-        types = {"q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer, "heads": "i32", "N": "i32"}
-        types |= dict.fromkeys(strides, "i32") | {"out_ptr": pointer}
+        names = ("q_ptr", "k_ptr", "v_ptr", "q_position_ptr", "k_position_ptr")
+        types = dict.fromkeys(names, pointer)
+        types |= dict.fromkeys(("heads", "N", *strides), "i32") | {"out_ptr": pointer}
         variants.append(
             Aot(
-                name=f"{element} D{D} rows{rows}",
+                name=f"{element} D{D} rows{rows}" + f" {positions} position" * bool(positions),
                 kernel="neighbor_attention_kernel",
                 types=types,
-                constants=triton_impl.constants(D, 14, (7, 7), rows, keys),
+                constants=triton_impl.constants(
+                    D, 14, (7, 7), rows, keys, ("q" in positions, "k" in positions)
+                ),
                 num_warps=4 if rows == 64 else 2,
                 max_registers=ceiling,
                 unaligned=frozenset({"heads", "N"}),

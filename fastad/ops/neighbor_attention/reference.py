@@ -34,7 +34,13 @@ def has_blind_rows(grid: tuple[int, int], window: tuple[int, int]) -> bool:
 
 
 def check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
 ) -> None:
     """Refuse what is no attention over this grid.
 
@@ -50,16 +56,34 @@ def check_arguments(
         raise InputError(f"grid: expected (H, W) with H * W = {q.shape[2]} tokens, got {grid}")
     if len(window) != 2 or any(w < 0 or (w > 0 and w % 2 == 0) for w in window):
         raise InputError(f"window: expected two odd sizes, or 0 for no mask, got {window}")
+    for name, position in {"q_position": q_position, "k_position": k_position}.items():
+        if position is None:
+            continue
+        check_rank(name, position, "heads N D")
+        check_like(name, position, q, shape=False)
+        if position.shape != q.shape[1:]:
+            raise InputError(
+                f"{name}: expected {list(q.shape[1:])}, the shape of q without its batch, got "
+                f"{list(position.shape)}"
+            )
 
 
 def neighbor_attention(
-    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
 ) -> Tensor:
     """Scores in full, in float32 or wider: slow, obvious, differentiable, exportable."""
     wide = torch.promote_types(q.dtype, torch.float32)
     # Half of the scale on each side, so that a graph cast to float16 does not overflow in q @ k.
     scale = float(q.shape[-1]) ** -0.25
-    scores = (q.to(wide) * scale) @ (k.to(wide) * scale).transpose(-2, -1)  # [B, heads, N, N]
+    a = _placed(q.to(wide), q_position) * scale
+    b = _placed(k.to(wide), k_position) * scale
+    scores = a @ b.transpose(-2, -1)  # [B, heads, N, N]
     if min(window) > 0:
         # Adding is what runtimes recognise as the mask of an attention.
         scores = scores + neighbor_mask(grid, window, q.device).to(wide) * EXCLUDED
@@ -69,6 +93,10 @@ def neighbor_attention(
         weights = weights.masked_fill(blind, 0.0)
     out: Tensor = (weights @ v.to(wide)).to(q.dtype)
     return out
+
+
+def _placed(t: Tensor, position: Tensor | None) -> Tensor:
+    return t if position is None else t + position.to(t.dtype)
 
 
 def _near(n: int, w: int, device: torch.device | None) -> Tensor:

@@ -17,9 +17,10 @@ EXCLUDED = tl.constexpr(-1e30)  # finite: rows that see nothing in a tile stay f
 
 @triton.jit
 def _attend(
-    acc, top, total, b_q, o_m, k_ptr, v_ptr, start, tiles, gap_at, gap, N, s_kn, s_vn,
+    acc, top, total, b_q, o_m, k_ptr, v_ptr, k_position_ptr,
+    start, tiles, gap_at, gap, N, s_kn, s_vn, s_kpn,
     D: tl.constexpr, W: tl.constexpr, RADIUS_H: tl.constexpr, RADIUS_W: tl.constexpr,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, HAS_K_POS: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Take key tiles from ``start`` on into the running softmax, jumping ``gap`` at ``gap_at``."""
@@ -31,6 +32,9 @@ def _attend(
         m_nd = (o_n < N)[:, None] & (o_d < D)[None, :]
         o_n64 = o_n.to(tl.int64)
         b_k = tl.load(k_ptr + o_n64[:, None] * s_kn + o_d[None, :], mask=m_nd, other=0.0)
+        if HAS_K_POS:
+            o_p = o_n64[:, None] * s_kpn + o_d[None, :]
+            b_k += tl.load(k_position_ptr + o_p, mask=m_nd, other=0.0)
         score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * SCALE
         if MASKED:
             hidden = (o_n >= N)[None, :]
@@ -53,14 +57,19 @@ def _attend(
 
 @triton.jit
 def neighbor_attention_kernel(
-    q_ptr, k_ptr, v_ptr, heads, N,
+    q_ptr, k_ptr, v_ptr, q_position_ptr, k_position_ptr, heads, N,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on,
+    s_qph, s_qpn, s_kph, s_kpn,
     out_ptr,
     D: tl.constexpr, W: tl.constexpr, RADIUS_H: tl.constexpr, RADIUS_W: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_Q_POS: tl.constexpr, HAS_K_POS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per image, head and BLOCK_M queries; tensors [B, heads, N, D] by strides."""
+    """One program per image, head and BLOCK_M queries; tensors [B, heads, N, D] by strides.
+
+    Positions are [heads, N, D]; the pointer of an absent one is never read.
+    """
     tiles = tl.cdiv(N, BLOCK_M)
     first = (tl.program_id(0) % tiles) * BLOCK_M
     i_b = (tl.program_id(0) // tiles // heads).to(tl.int64)
@@ -70,6 +79,10 @@ def neighbor_attention_kernel(
     m_md = (o_m < N)[:, None] & (o_d < D)[None, :]
     o_q = i_b * s_qb + i_h * s_qh + o_m.to(tl.int64)[:, None] * s_qn + o_d[None, :]
     b_q = tl.load(q_ptr + o_q, mask=m_md, other=0.0)
+    if HAS_Q_POS:
+        o_p = i_h * s_qph + o_m.to(tl.int64)[:, None] * s_qpn + o_d[None, :]
+        b_q += tl.load(q_position_ptr + o_p, mask=m_md, other=0.0)
+    k_position_ptr += i_h * s_kph
     k_ptr += i_b * s_kb + i_h * s_kh
     v_ptr += i_b * s_vb + i_h * s_vh
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -87,14 +100,15 @@ def neighbor_attention_kernel(
         upper = whole
     # Without mask: [0, lower) and [upper, whole). With: [lower, upper) and the ragged last tile.
     acc, top, total = _attend(
-        acc, top, total, b_q, o_m, k_ptr, v_ptr,
-        0, (lower + whole - upper) // BLOCK_N, lower, upper - lower, N, s_kn, s_vn,
-        D, W, RADIUS_H, RADIUS_W, SCALE, PRECISION, False, BLOCK_N, BLOCK_D,
+        acc, top, total, b_q, o_m, k_ptr, v_ptr, k_position_ptr,
+        0, (lower + whole - upper) // BLOCK_N, lower, upper - lower, N, s_kn, s_vn, s_kpn,
+        D, W, RADIUS_H, RADIUS_W, SCALE, PRECISION, HAS_K_POS, False, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, top, total = _attend(
-        acc, top, total, b_q, o_m, k_ptr, v_ptr,
-        lower, tl.cdiv(upper - lower + N - whole, BLOCK_N), upper, whole - upper, N, s_kn, s_vn,
-        D, W, RADIUS_H, RADIUS_W, SCALE, PRECISION, True, BLOCK_N, BLOCK_D,
+        acc, top, total, b_q, o_m, k_ptr, v_ptr, k_position_ptr,
+        lower, tl.cdiv(upper - lower + N - whole, BLOCK_N), upper, whole - upper,
+        N, s_kn, s_vn, s_kpn,
+        D, W, RADIUS_H, RADIUS_W, SCALE, PRECISION, HAS_K_POS, True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     sees = top > 0.5 * EXCLUDED
     result = tl.where(sees[:, None], acc / total[:, None], 0.0)
@@ -120,7 +134,12 @@ def tile_keys(D: int, itemsize: int) -> int:
 
 
 def constants(
-    D: int, W: int, window: tuple[int, int], block_m: int, block_n: int
+    D: int,
+    W: int,
+    window: tuple[int, int],
+    block_m: int,
+    block_n: int,
+    positions: tuple[bool, bool] = (False, False),
 ) -> dict[str, int | float | str]:
     """Compile-time arguments of the kernel."""
     masked = min(window) > 0
@@ -131,6 +150,8 @@ def constants(
         "RADIUS_W": window[1] // 2 if masked else -1,
         "SCALE": math.log2(math.e) / math.sqrt(D),
         "PRECISION": "tf32x3",  # of float32 inputs: three products keep 21 of 24 bits
+        "HAS_Q_POS": positions[0],
+        "HAS_K_POS": positions[1],
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
@@ -144,6 +165,8 @@ def neighbor_attention(
     grid: tuple[int, int],
     window: tuple[int, int],
     out: Tensor,
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
     tiles: tuple[int, int, int] | None = None,
 ) -> None:
     """Fill ``out``, [B, heads, N, D] with stride 1 along D, for arguments the kernel takes."""
@@ -156,11 +179,15 @@ def neighbor_attention(
     block_m, block_n, num_warps = tiles
     programs = (B * heads * triton.cdiv(N, block_m),)
     strides = [s for t in (q, k, v, out) for s in t.stride()[:3]]
+    for position in (q_position, k_position):
+        strides += (0, 0) if position is None else position.stride()[:2]
+    positions = (q_position is not None, k_position is not None)
     if q.numel() == 0:
         return
     with torch.cuda.device_of(q):
         neighbor_attention_kernel[programs](
-            q, k, v, heads, N, *strides, out,
-            **constants(D, grid[1], window, block_m, block_n),
+            q, k, v, q if q_position is None else q_position,
+            k if k_position is None else k_position, heads, N, *strides, out,
+            **constants(D, grid[1], window, block_m, block_n, positions),
             num_warps=num_warps, num_stages=2,
         )  # fmt: skip
