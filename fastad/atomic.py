@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,18 @@ class PartialFile:
     A link is followed, and its target replaced. A device or a pipe, such as ``/dev/null``, cannot
     be replaced and is written in place.
 
+    Args:
+        path: The file to make or replace.
+        durable: Wait for the disk before the rename, so that a power cut costs nothing.
+
     Raises:
         EngineError: on entering or leaving, the folder cannot be made or written, or the disk is
             full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
         self.path = path
+        self.durable = durable
         self._beside: Path | None = None
         self._file: BinaryIO
 
@@ -50,6 +56,9 @@ class PartialFile:
         trace: TracebackType | None,
     ) -> None:
         try:
+            if self.durable and kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
             self._file.close()
             if kind is None and self._beside:
                 self._beside.replace(self._target)
@@ -62,13 +71,13 @@ class PartialFile:
                     self._beside.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False) -> Path:
     """Let ``write`` fill a `PartialFile`; returns ``path``.
 
     Raises:
         EngineError: as in `PartialFile`.
     """
-    with PartialFile(path) as file:
+    with PartialFile(path, durable=durable) as file:
         try:
             write(file)
         except OSError as error:

@@ -8,6 +8,7 @@ carries one more normalisation and ReLU behind its stem than timm's `resnetv2_50
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,10 @@ def _create(config: BackboneConfig, variant: _Variant | None, pretrained: bool) 
         )
     if pretrained and variant:
         raise InputError(f"{config.name}: has no download, give its file with --weights PATH")
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
     try:
+        hub_log.setLevel(logging.ERROR)  # it would report each of its retries
         net: Any = timm.create_model(timm_name, pretrained=pretrained)
     except Exception as error:  # hub, http and socket libraries share no base class
         if not pretrained:
@@ -138,6 +142,8 @@ def _create(config: BackboneConfig, variant: _Variant | None, pretrained: bool) 
             f"({type(error).__name__}); fetch the file on a machine with internet and pass "
             "--weights PATH, or ask for an untrained network with --weights random"
         ) from error
+    finally:
+        hub_log.setLevel(level)
     if variant:
         variant.patch(net)
     if not hasattr(net, "forward_intermediates"):

@@ -38,7 +38,7 @@ from fastad.spec import InputSpec
 SMOOTH_PX = 21  # mean over the map before both metrics
 POOL_PX = 32  # mean whose maximum is the image score
 AUTO_MEAN_SQUARE = 20.0  # of scaled features: reconstructions explaining half of it pass k = 10
-PUBLISHED_BACKBONE = BackboneConfig("tf_efficientnet_b4", (2, 3), same_padding_size=380)
+PUBLISHED_BACKBONE = BackboneConfig("tf_efficientnet_b4.aa_in1k", (2, 3), same_padding_size=380)
 FUSION_BLOCKS = {"grad": 7, "crad": 11, "crad-s": 11}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fastad.atomic import write_whole
 from fastad.errors import EngineError, InputError
 from fastad.models.registry import Method, rebuild
 from fastad.spec import Calibration, ModelSpec, from_json, to_json
@@ -42,44 +41,26 @@ class Checkpoint:
     record: Record
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never a part.
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole and durably, or not at all.
 
     Raises:
         EngineError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise EngineError(
-                f"{path}: could not be written ({error.strerror}); free some space or choose "
-                "another folder"
-            ) from error
-        raise
+    write_whole(path, lambda file: file.write(data), durable=True)
 
 
 def save_checkpoint(folder: Path, method: Method, record: Record) -> Path:
     """Write weights and record into ``folder``; returns ``folder``."""
     state = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
-    write_file(folder / WEIGHTS, save(state))
-    write_file(folder / RECORD, to_json(record).encode())
+    write_bytes(folder / WEIGHTS, save(state))
+    write_bytes(folder / RECORD, to_json(record).encode())
     return folder
 
 
 def save_record(folder: Path, record: Record) -> None:
     """Replace the record of an existing checkpoint, such as after calibration."""
-    write_file(folder / RECORD, to_json(record).encode())
+    write_bytes(folder / RECORD, to_json(record).encode())
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -117,7 +98,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """One safetensors file with text metadata, written beside and renamed."""
     contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_file(path, save(contiguous, metadata=dict(metadata)))
+    write_bytes(path, save(contiguous, metadata=dict(metadata)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -31,7 +31,7 @@ from fastad.training.checkpoint import (
     load_tensors,
     save_checkpoint,
     save_tensors,
-    write_file,
+    write_bytes,
 )
 from fastad.training.features import (
     EpochSampler,
@@ -166,7 +166,7 @@ def train(
     fit, holdout = _split(folder, settings)
     method = _build(recipe, weights, settings.seed)
     method.input = replace(method.input, value_range=value_range)
-    write_file(run / "recipe.yaml", dump_recipe(recipe).encode())
+    write_bytes(run / "recipe.yaml", dump_recipe(recipe).encode())
     fit, kept = _split_validation(fit, settings)
     source = _training_data(method, fit, settings, run, report)
     validation = Validation(ImageData(kept, method), settings.batch, settings.patience)
@@ -338,7 +338,7 @@ def _write_metrics(run: Path, rows: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, ["epoch", "loss", "lr", "seconds"])
     writer.writeheader()
     writer.writerows(rows)
-    write_file(run / "metrics.csv", text.getvalue().encode())
+    write_bytes(run / "metrics.csv", text.getvalue().encode())
 
 
 def _relative(samples: Sequence[Sample], root: Path) -> tuple[str, ...]:
