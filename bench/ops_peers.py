@@ -24,16 +24,35 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def placed(t: Tensor, position: Tensor | None) -> Tensor:
+    return t if position is None else t + position
+
+
 def attention_peers(arguments: Arguments) -> Calls:
     q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    q_position, k_position = arguments.get("q_position"), arguments.get("k_position")
+
+    def placed_q() -> Tensor:
+        return placed(q, q_position)
+
+    def placed_k() -> Tensor:
+        return placed(k, k_position)
+
     hidden = neighbor_attention.neighbor_mask(arguments["grid"], arguments["window"], q.device)
     added = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
     added = added.masked_fill(hidden, float("-inf"))
     attend = F.scaled_dot_product_attention
     found: Calls = {
-        "SDPA, float mask": lambda: attend(q, k, v, attn_mask=added),
-        "SDPA, bool mask": lambda: attend(q, k, v, attn_mask=~hidden),
+        "SDPA, float mask": lambda: attend(placed_q(), placed_k(), v, attn_mask=added),
+        "SDPA, bool mask": lambda: attend(placed_q(), placed_k(), v, attn_mask=~hidden),
     }
+    if q_position is not None or k_position is not None:
+        # What folding the positions in must beat.
+        registered = torch.ops.fastad.neighbor_attention
+        grid, window = arguments["grid"], arguments["window"]
+        found["fastad, positions before"] = lambda: registered(
+            placed_q(), placed_k(), v, grid, window
+        )
     if not q.is_cuda:
         return found
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -48,7 +67,7 @@ def attention_peers(arguments: Arguments) -> Calls:
     flex = compiled(flex_attention)
     eager = compiled(neighbor_attention.neighbor_attention)
     return found | {
-        "FlexAttention": lambda: flex(q, k, v, block_mask=mask),
+        "FlexAttention": lambda: flex(placed_q(), placed_k(), v, block_mask=mask),
         "torch.compile": lambda: eager(**arguments),
     }
 

@@ -188,6 +188,49 @@ def test_attention_ignores_the_neighbourhood() -> None:
     assert (outside - before).abs().max() > 1e-3
 
 
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the arguments of every call of the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function is torch.ops.fastad.neighbor_attention.default:
+            self.calls.append(args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_inference_leaves_positions_to_the_operator() -> None:
+    model = tiny()
+    features = model.features(images(model, 2))
+    with torch.no_grad(), Operators() as seen:
+        model.score(features)
+    N = model.grid[0] * model.grid[1]
+    given = [tuple(t if t is None else tuple(t.shape) for t in args[5:]) for args in seen.calls]
+    both, only_key = ((4, N, 8), (4, N, 8)), (None, (4, N, 8))
+    # Layers of the encoder; of the decoder, whose learned queries hold their positions already.
+    assert given == [both, both, only_key, both, only_key, both]
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["tokens", "learned queries"])
+def test_exported_attention_adds_once_to_queries_and_keys(learned: bool) -> None:
+    torch.manual_seed(0)
+    config = UniadConfig(**TINY)
+    attention = Attention(config, masked=True).eval()
+    N = config.grid[0] * config.grid[1]
+    memory, position = torch.randn(2, N, 32), torch.randn(N, 32)
+    inputs = (torch.randn(N, 32) if learned else memory, memory, position)
+    program = torch.export.export(attention, inputs)
+    added = [n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    assert len(added) == 3  # query, key, mask
+    # The learned queries meet their position once for all images, not once for each.
+    assert (2 in added[0].meta["val"].shape[:1]) is not learned
+    with torch.no_grad():
+        expected = attention(*inputs)
+    torch.testing.assert_close(program.module()(*inputs), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_trains_the_attention_it_evaluates() -> None:
     model = tiny(dropout=0.0, jitter_probability=0.0)
     (x,) = model.features(images(model, 2))

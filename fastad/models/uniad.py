@@ -6,8 +6,8 @@ EfficientNet-B4 ImageNet weights (Apache-2.0) through timm.
 
 Differences from the authors' code:
 1. The backbone ends behind its last tap: 39 % fewer of its multiply-adds, same features.
-2. Positions meet queries and keys after the projection, as constants of the image: the same
-   number up to rounding (golden map agrees to 5e-7).
+2. Positions meet queries and keys after the projection, inside the attention, as they do not
+   depend on the image: the same number up to rounding (golden map agrees to 5e-7).
 3. Up-sampling and the 16 x 16 mean of the evaluation are folded into two matrices per axis.
 4. Height and width may differ, in the image as in the window; an even window, which the authors
    silently treat as the next odd one, is refused, and so is one that blinds a token.
@@ -33,7 +33,9 @@ from fastad.ops.neighbor_attention import neighbor_attention, neighbor_mask
 from fastad.spec import InputSpec
 
 POOL_PX = 16  # mean whose maximum is the image score
-PUBLISHED_BACKBONE = BackboneConfig("tf_efficientnet_b4", (0, 1, 2, 3), same_padding_size=380)
+PUBLISHED_BACKBONE = BackboneConfig(
+    "tf_efficientnet_b4.aa_in1k", (0, 1, 2, 3), same_padding_size=380
+)
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,26 @@ class Attention(nn.Module):
         """
         W, bias, C = self.qkv.weight, self.qkv.bias, memory.shape[-1]
         # (h + P) W + b = h W + (P W + b), and the bracket does not depend on the image.
-        q = F.linear(query, W[:C]) + F.linear(position, W[:C], bias[:C])
-        k = F.linear(memory, W[C : 2 * C]) + F.linear(position, W[C : 2 * C], bias[C : 2 * C])
-        v = F.linear(memory, W[2 * C :], bias[2 * C :])
-        q, k, v = self._split(q).expand_as(self._split(k)), self._split(k), self._split(v)
+        q, q_position = F.linear(query, W[:C]), F.linear(position, W[:C], bias[:C])
+        k = F.linear(memory, W[C : 2 * C])
+        k_position = F.linear(position, W[C : 2 * C], bias[C : 2 * C])
+        v = self._split(F.linear(memory, W[2 * C :], bias[2 * C :]))
         if self.training:  # the operator has no dropout on its weights
+            q, k = self._split(q + q_position).expand_as(v), self._split(k + k_position)
             seen = ~neighbor_mask(self.grid, self.window, q.device)
             read = F.scaled_dot_product_attention(q, k, v, seen, self.dropout)
         else:
-            read = neighbor_attention(q, k, v, grid=self.grid, window=self.window)
+            # Learned queries do not depend on the image either: all of q is a constant.
+            constant = query.dim() == 2
+            read = neighbor_attention(
+                self._split(q + q_position if constant else q).expand_as(v),
+                self._split(k),
+                v,
+                grid=self.grid,
+                window=self.window,
+                q_position=None if constant else self._split(q_position),
+                k_position=self._split(k_position),
+            )
         out: Tensor = self.out(read.transpose(1, 2).flatten(2))
         return out
 

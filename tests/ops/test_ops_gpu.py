@@ -27,9 +27,13 @@ def test_kernel_equals_reference(op: str, case: str, dtype: str) -> None:
     ops_compare.compare(op, case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_registered_operator_reaches_the_kernel(op: str) -> None:
-    cases, case = ops_compare.find_case(op, NAMED[op].CASES[0].name)
+REGISTERED = [(op, NAMED[op].CASES[0].name) for op in OPS]
+REGISTERED += [("neighbor_attention", f"{which} position") for which in ("key", "query")]
+
+
+@pytest.mark.parametrize(("op", "name"), REGISTERED)
+def test_registered_operator_reaches_the_kernel(op: str, name: str) -> None:
+    cases, case = ops_compare.find_case(op, name)
     arguments: dict[str, Any] = case.make(torch.float32)
     for setting in ("tiles", "tile"):
         arguments.pop(setting, None)

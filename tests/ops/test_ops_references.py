@@ -171,7 +171,7 @@ POSITION_REASONS = [
         "q_position: expected stride 1 along D",
     ),
     (
-        {"k_position": torch.zeros(1).as_strided((1, 1, 4), (0, 2**31, 1))},
+        {"k_position": torch.zeros(4).as_strided((1, 1, 4), (0, 2**31, 1))},
         "k_position: strides .* exceed",
     ),
 ]

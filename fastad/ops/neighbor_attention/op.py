@@ -63,9 +63,7 @@ def _anywhere(
     q_position: Tensor | None = None,
     k_position: Tensor | None = None,
 ) -> Tensor:
-    out = reference.neighbor_attention(
-        q, k, v, _pair(grid), _pair(window), q_position, k_position
-    )
+    out = reference.neighbor_attention(q, k, v, _pair(grid), _pair(window), q_position, k_position)
     return empty_output(q).copy_(out)
 
 
@@ -101,9 +99,7 @@ def _cuda(
     from fastad.ops.neighbor_attention import triton_impl
 
     out = empty_output(q)
-    triton_impl.neighbor_attention(
-        q, k, v, _pair(grid), _pair(window), out, q_position, k_position
-    )
+    triton_impl.neighbor_attention(q, k, v, _pair(grid), _pair(window), out, q_position, k_position)
     return out
 
 

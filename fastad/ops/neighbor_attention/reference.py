@@ -96,7 +96,12 @@ def neighbor_attention(
 
 
 def _placed(t: Tensor, position: Tensor | None) -> Tensor:
-    return t if position is None else t + position.to(t.dtype)
+    """[B, heads, N, D] with its position."""
+    if position is None:
+        return t
+    # Added as [B, N, heads, D], as projections leave both: in an exported graph this swap of axes
+    # cancels the caller's. With the sum behind that one, openvino copies q once more.
+    return (t.transpose(1, 2) + position.to(t.dtype).transpose(0, 1)).transpose(1, 2)
 
 
 def _near(n: int, w: int, device: torch.device | None) -> Tensor:
