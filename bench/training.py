@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="", help="of the result file")
     options = parser.parse_args(arguments)
     about = timing.machine()
-    seconds: dict[str, list[float]] = {"off": [], "memory": []}
-    losses: dict[str, list[float]] = {"off": [], "memory": []}
+    seconds: dict[str, list[float]] = {"none": [], "memory": []}
+    losses: dict[str, list[float]] = {"none": [], "memory": []}
     images = 0
     with tempfile.TemporaryDirectory() as folder:
         for block in range(options.blocks):
@@ -58,14 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
                     table = list(csv.DictReader(file))
                 losses[cache] = [float(row["loss"]) for row in table]
                 seconds[cache] += [float(row["seconds"]) for row in table[1:]]
-    apart = max(abs(a / b - 1) for a, b in zip(losses["off"], losses["memory"], strict=True))
+    apart = max(abs(a / b - 1) for a, b in zip(losses["none"], losses["memory"], strict=True))
     if apart > LOSS_RTOL:
         print(f"loss curves differ by {apart:.1%}, so no figures: {losses}")
         return 1
-    plain = statistics.median(seconds["off"])
+    plain = statistics.median(seconds["none"])
     rows: list[dict[str, Any]] = [
         {
-            "loop": {"off": "backbone in every epoch", "memory": "features cached"}[cache],
+            "loop": {"none": "backbone in every epoch", "memory": "features cached"}[cache],
             "images": images,
             "s per epoch": statistics.median(values),
             "times as fast": plain / statistics.median(values),

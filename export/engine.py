@@ -59,6 +59,8 @@ def export_engine(
     out = Path(out)
     if out.suffix != ".engine":
         raise InputError(f"out: expected a name ending in .engine, got {out}")
+    if not out.parent.is_dir():
+        raise InputError(f"out: the folder {out.parent} does not exist; create it first")
     checkpoint = load_checkpoint(run)
     record, method = checkpoint.record, checkpoint.method
     if record.calibration is None:
@@ -105,17 +107,26 @@ def _parity_images(
 ) -> NDArray[np.uint8]:
     record = checkpoint.record
     if images is not None:
-        paths = [Path(image) for image in images]
+        found = [Path(image) for image in images]
+        lost = "images: {missing} of {all} files given are not there, such as {first}"
     else:
         names = record.holdout or record.fit
-        step = max(1, len(names) // PARITY_IMAGES)  # spread over the categories
-        paths = [Path(record.data_root) / name for name in names[::step][:PARITY_IMAGES]]
-    missing = [path for path in paths if not path.is_file()]
-    if not paths or missing:
-        raise InputError(
-            f"images: the run's own images are not there any more ({len(missing)} of "
-            f"{len(paths)}, such as {missing[:1]}); pass --images with a few normal images"
+        if not names:
+            raise InputError(
+                f"{checkpoint.path}: an imported run names no images; pass --images with a few "
+                "normal ones for the parity check"
+            )
+        found = [Path(record.data_root) / name for name in names]
+        lost = (
+            "images: {missing} of the run's own {all} images are not there any more, such as "
+            "{first}; pass --images with a few normal ones"
         )
+    step = max(1, len(found) // PARITY_IMAGES)  # spread over the categories
+    paths = found[::step][:PARITY_IMAGES]
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        first = missing[0] if missing else "none given"
+        raise InputError(lost.format(missing=len(missing), all=len(paths), first=first))
     samples = [Sample(path, "", False) for path in paths]
     spec = record.spec.input
     batches = load_images(samples, spec.size, spec.value_range)

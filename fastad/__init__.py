@@ -40,6 +40,8 @@ __version__ = version("fastad")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":  # a package of its own, which must not load before it is asked for
+        return import_module("fastad.export")
     if name not in _HOMES:
         raise AttributeError(f"module 'fastad' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -30,6 +30,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+EXTRAS = dict.fromkeys(("torch", "lightning", "timm", "yaml", "safetensors"), "train") | {
+    "onnx": "export",
+    "onnxscript": "export",
+}
 PARTLY_FAILED = 3  # exit code: results were written, some images could not be read
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -47,7 +51,9 @@ Rate = Annotated[float, typer.Option(help="Accepted share of normal images calle
 def train(
     data: Annotated[Path, typer.Argument(help="MVTec-style root, or a folder of normal images.")],
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
-    recipe: Annotated[str, typer.Option(help="Shipped recipe or YAML file.")] = "grad.paper",
+    recipe: Annotated[
+        str | None, typer.Option(help="Shipped recipe or YAML file; grad.paper by default.")
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="Backbone weights: imagenet (downloads), a file, or random.")
     ] = "imagenet",
@@ -332,7 +338,7 @@ def doctor(json_: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to fill.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of data and training.")] = 0,
 ) -> None:
     """The whole road on photographs; last line is JSON. Example: fastad demo --out demo."""
     from fastad.demo import run_demo
@@ -353,15 +359,20 @@ def main() -> None:
     )
     try:
         app()
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        messages.print(
+            f"error: {error.name} is not installed; pip install 'fastad[{extra}]'",
+            style="red",
+            markup=False,
+        )
+        sys.exit(1)
     except FastadError as error:
         messages.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         _flush_or_drop()
         sys.exit(1)
-    except KeyboardInterrupt:
-        messages.print("stopped", style="yellow")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)  # the reader of our output has seen enough
 
 
 def _flush_or_drop() -> None:

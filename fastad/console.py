@@ -91,7 +91,9 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def scores_table(result: Evaluation) -> Table:
     """Metrics per category and their mean, readable at 80 columns."""
-    title = f"{result.model} on {result.data}, {result.ms_per_image:.2f} ms per image"
+    title = (
+        f"{escape(result.model)} on {escape(result.data)}, {result.ms_per_image:.2f} ms per image"
+    )
     caption = "false alarms and found defects at the calibrated threshold"
     # Eleven columns in 80 characters: two-line heads, three digits, one blank between columns.
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -101,14 +103,14 @@ def scores_table(result: Evaluation) -> Table:
         table.add_column(head, justify="right", no_wrap=True, min_width=5)
     for row in (*result.categories, result.mean):
         values = (_number(getattr(row, name), 3) for name in SCORE_HEADS)
-        table.add_row(row.category, str(row.images), *values)
+        table.add_row(escape(row.category), str(row.images), *values)
     return table
 
 
 def parity_table(reports: list[ParityReport], title: str) -> Table:
     """One line per runtime."""
     columns = ("runtime", "precision", "images", "map max", "map mean", "score max", "flips")
-    table = Table(*columns, title=title, caption="differences over the range of the maps")
+    table = Table(*columns, title=escape(title), caption="differences over the range of the maps")
     for r in reports:
         differences = (f"{v:.2e}" for v in (r.map_max, r.map_mean, r.score_max))
         table.add_row(r.runtime, r.precision, str(r.images), *differences, str(r.decision_flips))
@@ -120,16 +122,16 @@ def calibration_table(fitted: Calibration) -> Table:
     title = f"at most {fitted.false_alarm_rate:.2%} of normal images above the threshold"
     table = Table("category", "threshold", "median", "images", title=title)
     for name, t in {"pooled": fitted.pooled, **fitted.per_category}.items():
-        table.add_row(name, f"{t.value:.6g}", f"{t.median:.6g}", str(t.count))
+        table.add_row(escape(name), f"{t.value:.6g}", f"{t.median:.6g}", str(t.count))
     for name in fitted.uncovered:
-        table.add_row(name, "pooled", "-", "too few")
+        table.add_row(escape(name), "pooled", "-", "too few")
     return table
 
 
 def manifest_tables(manifest: Manifest, path: Path) -> list[Any]:
     """Everything a manifest says."""
     spec = manifest.spec
-    facts = Table("field", "value", title=str(path))
+    facts = Table("field", "value", title=escape(str(path)))
     rows = {
         "method": spec.method,
         "input": f"{spec.input.size[0]} x {spec.input.size[1]} (H x W) RGB uint8",

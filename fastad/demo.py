@@ -98,6 +98,8 @@ def packaged_weights() -> Path:
 
 def _clear(out: Path) -> None:
     """Remove an earlier demo, and only that."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: expected a folder, it is a file or a link; choose another --out")
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise InputError(f"{out}: expected a new folder or an earlier demo; choose another --out")
     if out.exists():

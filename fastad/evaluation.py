@@ -91,6 +91,8 @@ def open_model(
             f"{path}: a checkpoint runs on pytorch in fp32 only, got {runtime} {precision}; export "
             "it for other runtimes"
         )
+    if threads is not None:
+        raise InputError(f"{path}: threads can be chosen for engine files only; export it first")
     checkpoint = load_checkpoint(path)
     record = checkpoint.record
     manifest = Manifest(record.spec, (), record.calibration, record.provenance)
@@ -103,9 +105,9 @@ def read_manifest(path: str | PathLike[str]) -> Manifest:
     if not path.is_dir():
         with read_engine(path) as engine:
             return engine.manifest
-    from fastad.training.checkpoint import load_checkpoint
+    from fastad.training.checkpoint import load_record
 
-    record = load_checkpoint(path).record
+    record = load_record(path)
     return Manifest(record.spec, (), record.calibration, record.provenance)
 
 
@@ -317,9 +319,9 @@ def calibrate_model(
 def _held_out(path: Path) -> list[Sample]:
     if not path.is_dir():
         raise InputError(f"{path}: pass --data with normal images to calibrate an engine file")
-    from fastad.training.checkpoint import load_checkpoint
+    from fastad.training.checkpoint import load_record
 
-    record = load_checkpoint(path).record
+    record = load_record(path)
     if not record.holdout:
         raise InputError(
             f"{path}: training held no images out; pass --data with normal images, or train with "
@@ -339,10 +341,9 @@ def _category_of(name: str, categories: tuple[str, ...]) -> str:
 
 def _store(path: Path, fitted: Calibration) -> None:
     if path.is_dir():
-        from fastad.training.checkpoint import load_checkpoint, save_record
+        from fastad.training.checkpoint import checkpoint_folder, load_record, save_record
 
-        checkpoint = load_checkpoint(path)
-        save_record(checkpoint.path, replace(checkpoint.record, calibration=fitted))
+        save_record(checkpoint_folder(path), replace(load_record(path), calibration=fitted))
         return
     with read_engine(path) as engine:
         members = {name: engine.member(name) for name in engine.manifest.members}

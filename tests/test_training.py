@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 import signal
@@ -18,7 +19,7 @@ from PIL import Image
 
 from fastad.errors import EngineError, InputError
 from fastad.models import build
-from fastad.training import fit as fit_module
+from fastad.training import loop as loop_module
 from fastad.training.checkpoint import load_checkpoint
 from fastad.training.features import EpochSampler, ImageData, cache_features
 from fastad.training.fit import train
@@ -105,7 +106,7 @@ def test_other_seed_other_weights(data: Path, run: Path, tmp_path: Path) -> None
 def test_resume_repeats_the_whole_run(
     data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop_module, "SAVE_EVERY_S", 0.0)
 
     def stop(stage: str, done: int, total: int, remark: str = "") -> None:
         if stage == "train" and done == 2:
@@ -124,7 +125,7 @@ def test_resume_after_sigkill(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe(epochs=400)))
     script = (
-        "import sys; from fastad.training import fit; fit.SAVE_EVERY_S = 0.0; "
+        "import sys; from fastad.training import fit, loop; loop.SAVE_EVERY_S = 0.0; "
         "fit.train(sys.argv[1], sys.argv[2], sys.argv[3], weights='random')"
     )
     run = tmp_path / "run"
@@ -137,7 +138,7 @@ def test_resume_after_sigkill(data: Path, tmp_path: Path) -> None:
     child.wait()
     short = recipe(epochs=len(losses_of(run)) + 1)
     train(data, run, short, weights="random", resume=True)
-    assert len(losses_of(run)) <= short.train.epochs
+    assert len(losses_of(run)) == short.train.epochs
     assert load_checkpoint(run).record.fit
 
 
@@ -160,12 +161,12 @@ def test_file_cache_equals_memory_and_is_deleted(data: Path, tmp_path: Path) -> 
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("cache", ["off", "file"])
+@pytest.mark.parametrize("cache", ["none", "file"])
 def test_cache_does_not_change_the_loss_curve(
     data: Path, run: Path, tmp_path: Path, cache: str
 ) -> None:
     train(data, tmp_path / "run", recipe(cache=cache), weights="random")
-    # Without cache the backbone sees shuffled batches and the scale a subset: float32 rounding.
+    # Without cache the backbone sees shuffled batches: float32 rounding, grown over four epochs.
     np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(run), rtol=2e-3)
 
 
@@ -178,6 +179,94 @@ def test_learning_rate_falls_after_the_extra_epoch(run: Path) -> None:
 def test_refuses_a_used_folder(data: Path, run: Path) -> None:
     with pytest.raises(InputError, match="expected a new or empty folder"):
         train(data, run, recipe(), weights="random")
+
+
+def stopped_run(data: Path, run: Path) -> None:
+    """A run that was killed after its first epoch."""
+
+    def stop(stage: str, done: int, total: int, remark: str = "") -> None:
+        if stage == "train":
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(data, run, recipe(), weights="random", report=stop)
+
+
+def test_resume_takes_the_runs_own_recipe(data: Path, tmp_path: Path) -> None:
+    stopped_run(data, tmp_path / "run")
+    train(data, tmp_path / "run", weights="random", resume=True)
+    assert len(losses_of(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"lr": 1e-2}, "other recipe"), ({"holdout": 0.5}, "other images")]
+)
+def test_resume_refuses_other_settings(
+    data: Path, tmp_path: Path, changes: dict[str, float], message: str
+) -> None:
+    stopped_run(data, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match=message):
+        train(data, tmp_path / "run", recipe(**changes), weights="random", resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_resume_refuses_fewer_epochs_than_are_done(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "SAVE_EVERY_S", 0.0)
+
+    def stop(stage: str, done: int, total: int, remark: str = "") -> None:
+        if stage == "train" and done == 3:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(data, tmp_path / "run", recipe(), weights="random", report=stop)
+    with pytest.raises(InputError, match=r"3 epochs are done, train\.epochs is 2"):
+        train(data, tmp_path / "run", recipe(epochs=2), weights="random", resume=True)
+
+
+def test_a_run_that_failed_at_once_can_be_repeated(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lower the learning rate"):
+        train(data, tmp_path / "run", recipe(lr=1e30, gradient_clip=0.0), weights="random")
+    train(data, tmp_path / "run", recipe(epochs=1), weights="random")
+    assert len(losses_of(tmp_path / "run")) == 1
+
+
+def test_full_disk_leaves_no_feature_cache(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(EngineError, match="feature cache of"):
+        train(data, tmp_path / "run", recipe(cache="file"), weights="random")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_ctrl_c_reaches_the_caller(data: Path, tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, total: int, remark: str = "") -> None:
+        if stage == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "run", recipe(), weights="random", report=interrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "run" / "resume.safetensors").is_file()
+
+
+def test_patience_ends_training_with_the_best_epoch(data: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 60, "lr": 0.5, "gradient_clip": 0.0, "step_epochs": None}
+    early = recipe(validation_fraction=0.3, patience=2, **settings)
+    train(data, tmp_path / "run", early, weights="random")
+    assert 3 <= len(losses_of(tmp_path / "run")) < 60
+
+
+def test_never_trains_on_a_silently_random_backbone(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="got 'none'"):
+        train(data, tmp_path / "run", recipe(), weights="none")
 
 
 def test_refuses_to_resume_nothing(data: Path, tmp_path: Path) -> None:
@@ -244,6 +333,11 @@ def test_shipped_recipes_read(name: str) -> None:
         ("grad.paper", ("epochs",), "expected key=value"),
         ("grad.paper", ("method.x=1",), "is a value"),
         ("missing.yaml", (), "no file missing.yaml"),
+        ("grad.paper", ("train.epochs=[",), "is not a YAML value"),
+        ("grad.paper", ("train.epochs=0",), "greater than or equal to 1"),
+        ("grad.paper", ("train.lr=-1",), "greater than 0"),
+        ("grad.paper", ("train.step_epochs=0",), "greater than or equal to 1"),
+        ("grad.paper", ("train.holdout=1",), "less than 1"),
     ],
 )
 def test_refuses_recipes(name: str, overrides: tuple[str, ...], message: str) -> None:

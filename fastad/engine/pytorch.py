@@ -30,8 +30,10 @@ class PyTorchRuntime:
         graph = self._graph
         if graph is None:
             raise EngineError("pytorch: the runtime is closed; load the checkpoint again")
+        # Golden images are read-only, which torch cannot express.
+        writable = np.require(images, requirements=["C", "W"])
         with torch.inference_mode():
-            anomaly_map, raw_score = graph(torch.from_numpy(np.ascontiguousarray(images)))
+            anomaly_map, raw_score = graph(torch.from_numpy(writable))
         return anomaly_map.numpy(), raw_score.numpy()
 
     def close(self) -> None:

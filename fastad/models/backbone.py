@@ -217,7 +217,8 @@ def efficientnet_to_timm(state: Mapping[str, Tensor], net: nn.Module) -> dict[st
             stage, i = places[int(parts[1])]
             has_expansion = f"_blocks.{parts[1]}._expand_conv.weight" in state
             names = gates | (expanded if has_expansion else plain)
-            renamed[f"blocks.{stage}.{i}.{names[parts[2]]}.{parts[3]}"] = value
+            layer = names.get(parts[2], parts[2])  # an unknown one stays, and is reported
+            renamed[".".join((f"blocks.{stage}.{i}", layer, *parts[3:]))] = value
     return renamed
 
 

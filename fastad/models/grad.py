@@ -217,7 +217,11 @@ class Grad(Method):
     def adapt(self, features: Features) -> None:
         """Fix ``feature_scale="auto"`` from training features [B, C, H, W]."""
         if self.config.feature_scale == "auto":
-            mean_square = features[0].double().square().mean().item()
+            # In parts: a second copy in float64 of what just fits into memory would not.
+            total = sum(
+                part.double().square().sum().item() for part in torch.split(features[0], 16)
+            )
+            mean_square = total / features[0].numel()
             scale = (AUTO_MEAN_SQUARE / max(mean_square, 1e-12)) ** 0.5
             self.config = dataclasses.replace(self.config, feature_scale=scale)
 
@@ -241,7 +245,10 @@ class Grad(Method):
         return f
 
     def similarity(self, f: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """S in [-mse_weight - ..., 1] and the summed squared difference, both [B, H, W]."""
+        """Similarity S and the summed squared difference, both [B, H, W].
+
+        S lies in [-cosine_weight, mse_weight + cosine_weight].
+        """
         e2 = (f - x).square().sum(1)
         passes = (e2 / self.C <= self.config.mse_threshold).to(x.dtype)
         cosine = F.cosine_similarity(f, x, dim=1, eps=1e-8)
@@ -283,6 +290,8 @@ def _check(config: GradConfig) -> None:
     for name in ("local_dims", "global_dims", "local_nodes", "global_nodes"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}: expected at least 1, got {getattr(config, name)}")
+    if config.blocks is not None and config.blocks < 1:
+        raise InputError(f"blocks: expected at least 1, got {config.blocks}")
     local_count = config.local_nodes**config.local_dims
     global_count = config.global_nodes**config.global_dims
     if local_count > 4096 or global_count > 256:

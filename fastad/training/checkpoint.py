@@ -79,6 +79,17 @@ def checkpoint_folder(path: str | Path) -> Path:
     )
 
 
+def load_record(path: str | Path) -> Record:
+    """What a run folder or checkpoint folder says about itself, without building the network.
+
+    Raises:
+        InputError: no checkpoint there.
+        EngineError: a damaged file.
+    """
+    folder = checkpoint_folder(path)
+    return from_json(Record, (folder / RECORD).read_bytes(), str(folder / RECORD))
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Rebuild a trained method from a run folder or checkpoint folder.
 
@@ -86,8 +97,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         InputError: no checkpoint there, or weights that do not fit its settings.
         EngineError: a damaged file.
     """
-    folder = checkpoint_folder(path)
-    record = from_json(Record, (folder / RECORD).read_bytes(), str(folder / RECORD))
+    folder, record = checkpoint_folder(path), load_record(path)
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:

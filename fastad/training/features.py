@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from fastad.atomic import unwritable
 from fastad.models.registry import Features, Method
 from fastad.training.folder import Sample, load_images
 
@@ -110,21 +111,30 @@ def cache_features(
         where: ``auto`` keeps features in memory while they fit `MEMORY_SHARE` of what is free.
         folder: Gets the memory-mapped file, which `FeatureData.close` deletes.
         progress: Called with (images done, images in all).
+
+    Raises:
+        InputError: an image cannot be read.
+        EngineError: the disk has no room for the file.
     """
     method.eval()
     data = ImageData(samples, method)
     N = len(samples)
     levels: list[Tensor] = []
     file: Path | None = None
-    for start in range(0, N, CACHE_BATCH):
-        indices = list(range(start, min(start + CACHE_BATCH, N)))
-        features = method.features(data.__getitems__(indices))
-        if not levels:
-            levels, file = _allocate(N, features, where, folder)
-        for level, feature in zip(levels, features, strict=True):
-            level[start : start + len(indices)] = feature
-        if progress:
-            progress(indices[-1] + 1, N)
+    try:
+        for start in range(0, N, CACHE_BATCH):
+            indices = list(range(start, min(start + CACHE_BATCH, N)))
+            features = method.features(data.__getitems__(indices))
+            if not levels:
+                levels, file = _allocate(N, features, where, folder)
+            for level, feature in zip(levels, features, strict=True):
+                level[start : start + len(indices)] = feature
+            if progress:
+                progress(indices[-1] + 1, N)
+    except BaseException:
+        if file is not None:
+            file.unlink(missing_ok=True)
+        raise
     return FeatureData(tuple(levels), file)
 
 
@@ -133,16 +143,31 @@ def _allocate(N: int, like: Features, where: str, folder: Path) -> tuple[list[Te
     values = sum(int(np.prod(shape)) for shape in shapes)
     if where == "memory" or (where == "auto" and values * 4 < MEMORY_SHARE * free_memory_bytes()):
         return [torch.empty(shape) for shape in shapes], None
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix="features.", suffix=".bin")
-    os.close(handle)
-    flat = torch.from_numpy(np.memmap(name, np.float32, "w+", shape=(values,)))
+    file = _reserve(folder, values * 4)
+    flat = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(values,)))
     levels, at = [], 0
     for shape in shapes:
         count = int(np.prod(shape))
         levels.append(flat[at : at + count].view(shape))
         at += count
-    return levels, Path(name)
+    return levels, file
+
+
+def _reserve(folder: Path, size_bytes: int) -> Path:
+    """A file with all its blocks: writing into a hole of a mapped file kills on a full disk."""
+    name: str | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix="features.", suffix=".bin")
+        try:
+            os.posix_fallocate(handle, 0, size_bytes)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        raise unwritable(f"{folder}: feature cache of {size_bytes / 1e9:.1f} GB", error) from error
+    return Path(name)
 
 
 class EpochSampler(Sampler[int]):

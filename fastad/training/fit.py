@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -13,120 +10,37 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import disable_possible_user_warnings
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastad.errors import InputError
 from fastad.models import Method, build
-from fastad.models.registry import Features
 from fastad.training.checkpoint import (
     Checkpoint,
     Record,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
-    save_tensors,
     write_bytes,
 )
-from fastad.training.features import (
-    EpochSampler,
-    FeatureData,
-    ImageData,
-    cache_features,
-    epoch_seed,
-)
+from fastad.training.features import FeatureData, ImageData, cache_features
 from fastad.training.folder import ImageFolder, Sample, scan, split_holdout
-from fastad.training.progress import EpochProgress, Report
+from fastad.training.loop import RESUME, run_epochs
+from fastad.training.progress import Report
 from fastad.training.recipe import Recipe, TrainSettings, dump_recipe, load_recipe, settings_of
 from fastad.training.validation import Validation
 
-RESUME = "resume.safetensors"
+DEFAULT_RECIPE = "grad.paper"
 VALIDATION_MOST = 20  # images
-SAVE_EVERY_S = 30.0  # a kill costs at most this much work, and disks stay idle in short epochs
-
-
-class _Module(pl.LightningModule):
-    """Lightning's view of a method: one loss, its optimiser, one seed per epoch."""
-
-    def __init__(self, method: Method, settings: TrainSettings, first_epoch: int) -> None:
-        super().__init__()
-        self.method = method
-        self.settings = settings
-        self.first_epoch = first_epoch  # of a resumed run; Lightning counts from 0 again
-        self.losses: list[Tensor] = []
-
-    @property
-    def epoch(self) -> int:
-        return self.first_epoch + self.current_epoch
-
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(epoch_seed(self.settings.seed, self.epoch) + self.global_rank)
-        self.losses.clear()
-
-    def training_step(self, batch: Tensor | Features, index: int) -> Tensor:
-        features = self.method.features(batch) if isinstance(batch, Tensor) else batch
-        loss = self.method.loss(features)
-        self.losses.append(loss.detach())
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        s = self.settings
-        groups = self.method.parameter_groups(s.lr, **s.groups)
-        kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
-        if s.step_epochs is None:
-            return optimizer
-        every, factor, first = s.step_epochs, s.step_factor, self.first_epoch
-        # Stepped with the explicit epoch after each epoch: the first stage is one epoch longer.
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: factor ** (max(first + epoch - 1, 0) // every)
-        )
-        return [optimizer], [schedule]
-
-
-class _Saver(pl.Callback):
-    """Writes the loss table and, now and then, everything a killed run needs to go on."""
-
-    def __init__(self, run: Path, rows: list[dict[str, float]], validation: Validation) -> None:
-        self.run, self.rows, self.validation = run, rows, validation
-        self.saved = self.started = time.monotonic()
-        self.lr = 0.0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.started = time.monotonic()
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module = cast(_Module, pl_module)
-        loss = torch.stack(module.losses).mean().item()
-        if not torch.isfinite(torch.tensor(loss)):
-            raise InputError(
-                f"training: the loss became {loss} in epoch {module.epoch}; lower the "
-                "learning rate (--set train.lr=...) or check feature_scale for this backbone"
-            )
-        row = {
-            "epoch": module.epoch,
-            "loss": loss,
-            "lr": self.lr,
-            "seconds": time.monotonic() - self.started,
-        }
-        self.rows.append(row)
-        last = trainer.should_stop or module.epoch + 1 == module.settings.epochs
-        if trainer.is_global_zero and (last or time.monotonic() - self.saved > SAVE_EVERY_S):
-            _write_metrics(self.run, self.rows)
-            _save_resume(self.run, trainer, module, self.rows, self.validation)
-            self.saved = time.monotonic()
+ADAPT_IMAGES = 64  # spread over the training images, to fix constants such as the feature scale
 
 
 def train(
     data: str | Path,
     run: str | Path,
-    recipe: str | Path | Recipe = "grad.paper",
+    recipe: str | Path | Recipe | None = None,
     *,
     weights: str = "imagenet",
     categories: Sequence[str] | None = None,
@@ -142,13 +56,15 @@ def train(
     Args:
         data: MVTec-style root, one category of it, or a plain folder of normal images.
         run: Folder for checkpoint, loss table and resume state; made if missing.
-        recipe: A shipped recipe's name, a YAML file, or a `Recipe`.
+        recipe: A shipped recipe's name, a YAML file, or a `Recipe`; None takes ``grad.paper``, or
+            the run's own when resuming.
         weights: Of the backbone: ``imagenet`` (downloads), a file, or ``random``.
         categories: Which categories to train on; None takes all.
         value_range: Grey levels (low, high) that become 0 and 255, for images of more than 8 bits;
             the engine will expect the same.
         overrides: ``key=value`` changes to the recipe, such as ``train.epochs=5``.
-        resume: Go on after a kill from the state in ``run``.
+        resume: Go on after a kill from the state in ``run``; all but ``train.epochs`` must be the
+            same.
         report: Receives progress; None is silent.
 
     Returns:
@@ -159,19 +75,24 @@ def train(
         EngineError: the run folder cannot be written, or its resume state is damaged.
     """
     run = Path(run)
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    settings = recipe.train
+    if weights == "none":  # for rebuilding from a checkpoint only
+        raise InputError("weights: expected imagenet, a file, or random, got 'none'")
     _check_run(run, resume)
+    recipe = _recipe(recipe, overrides, run, resume)
+    settings = recipe.train
     folder = scan(data, categories)
     fit, holdout = _split(folder, settings)
     method = _build(recipe, weights, settings.seed)
     method.input = replace(method.input, value_range=value_range)
-    write_bytes(run / "recipe.yaml", dump_recipe(recipe).encode())
+    identity = _identity(recipe, weights, value_range, _relative(fit, folder.root))
+    if resume:
+        _check_identity(run, identity)
     fit, kept = _split_validation(fit, settings)
     source = _training_data(method, fit, settings, run, report)
     validation = Validation(ImageData(kept, method), settings.batch, settings.patience)
     try:
-        rows = _run(method, source, validation, settings, run, resume, report)
+        write_bytes(run / "recipe.yaml", dump_recipe(recipe).encode())
+        rows = run_epochs(method, source, validation, settings, run, identity, resume, report)
     finally:
         if isinstance(source, FeatureData):
             source.close()
@@ -193,14 +114,57 @@ def train(
 
 
 def _check_run(run: Path, resume: bool) -> None:
-    used = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run}: expected a folder, it is a file; choose another --out")
     if resume and not (run / RESUME).is_file():
         raise InputError(f"{run}: nothing to resume, expected {RESUME} in it")
-    if used and not resume:
+    left = [p for p in run.iterdir() if not resume] if run.exists() else []
+    # A run that failed before its first epoch leaves nothing that anybody would miss.
+    if any(p.name != "recipe.yaml" and not p.match("features.*.bin") for p in left):
         raise InputError(
             f"{run}: expected a new or empty folder; choose another --out, or --resume a run "
             "that was killed"
         )
+    for path in left:
+        path.unlink()
+
+
+def _recipe(
+    recipe: str | Path | Recipe | None, overrides: Sequence[str], run: Path, resume: bool
+) -> Recipe:
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise InputError("overrides: they change a recipe that is read, got a Recipe object")
+        return recipe
+    if recipe is None:
+        recipe = run / "recipe.yaml" if resume else DEFAULT_RECIPE
+    return load_recipe(recipe, overrides)
+
+
+def _identity(
+    recipe: Recipe, weights: str, value_range: tuple[float, float] | None, fit: tuple[str, ...]
+) -> str:
+    settings = dict(settings_of(recipe))
+    del settings["train"]["epochs"]  # the one thing that a resumed run may change
+    known = weights in ("imagenet", "random")
+    facts = {
+        "recipe": settings,
+        "weights": weights if known else Path(weights).name,
+        "value_range": value_range,
+        "images": fit,
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _check_identity(run: Path, identity: str) -> None:
+    _, metadata = load_tensors(run / RESUME)
+    before, now = json.loads(metadata["identity"]), json.loads(identity)
+    for key in now:
+        if before[key] != now[key]:
+            old, new = (str(v)[:200] for v in (before[key], now[key]))
+            raise InputError(
+                f"{run}: was started with other {key}, so it cannot go on: {old} then, {new} now"
+            )
 
 
 def _split(folder: ImageFolder, settings: TrainSettings) -> tuple[list[Sample], list[Sample]]:
@@ -229,116 +193,14 @@ def _build(recipe: Recipe, weights: str, seed: int) -> Method:
 def _training_data(
     method: Method, fit: list[Sample], settings: TrainSettings, run: Path, report: Report | None
 ) -> Dataset[Any]:
-    where = settings.cache
-    if where == "off":
-        sample = ImageData(fit, method)
-        step = max(1, len(fit) // 64)
-        with torch.no_grad():
-            method.adapt(method.features(sample.__getitems__(list(range(0, len(fit), step)))))
-        return sample
+    images = ImageData(fit, method)
+    sample = list(range(0, len(fit), max(1, len(fit) // ADAPT_IMAGES)))[:ADAPT_IMAGES]
+    with torch.no_grad():
+        method.adapt(method.features(images.__getitems__(sample)))
+    if settings.cache == "none":
+        return images
     progress = partial(report, "backbone features") if report else None
-    data = cache_features(fit, method, where, run, progress)
-    method.adapt(data.levels)
-    return data
-
-
-def _run(
-    method: Method,
-    data: Dataset[Any],
-    validation: Validation,
-    settings: TrainSettings,
-    run: Path,
-    resume: bool,
-    report: Report | None,
-) -> list[dict[str, float]]:
-    rows: list[dict[str, float]] = []
-    first_epoch, state = 0, None
-    if resume:
-        tensors, metadata = load_tensors(run / RESUME)
-        rows = json.loads(metadata["rows"])
-        first_epoch, state = int(metadata["epoch"]), tensors
-        method.load_state_dict(_part(tensors, "model."))
-        validation.load_state(tensors, metadata)
-    module = _Module(method.train(), settings, first_epoch)
-    loader = DataLoader(
-        data,
-        batch_size=settings.batch,
-        sampler=EpochSampler(
-            len(cast(Any, data)), settings.seed, first_epoch, method.visits_per_epoch
-        ),
-        collate_fn=lambda batch: batch,  # __getitems__ has stacked it already
-        generator=torch.Generator(),  # else every new iterator draws from the epoch's numbers
-    )
-    disable_possible_user_warnings()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
-    trainer = pl.Trainer(
-        max_epochs=settings.epochs - first_epoch,
-        accelerator="auto",
-        devices=1,
-        gradient_clip_val=settings.gradient_clip or None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[
-            *([validation] if len(cast(Any, validation.data)) else []),
-            _Saver(run, rows, validation),
-            EpochProgress(report, settings.epochs, first_epoch),
-            *([_Restore(state)] if state else []),
-        ],
-    )
-    trainer.fit(module, loader)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    return rows
-
-
-class _Restore(pl.Callback):
-    """Puts the optimiser's moments back where a killed run had them."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizer = trainer.optimizers[0]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, p in enumerate(params):
-            state = _part(self.tensors, f"optimizer.{index}.")
-            if state:
-                optimizer.state[p] = {
-                    k: v if k == "step" else v.to(p.device) for k, v in state.items()
-                }
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _save_resume(
-    run: Path,
-    trainer: pl.Trainer,
-    module: _Module,
-    rows: list[dict[str, float]],
-    validation: Validation,
-) -> None:
-    tensors = {f"model.{k}": v for k, v in module.method.state_dict().items()}
-    optimizer = trainer.optimizers[0]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, p in enumerate(params):
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
-    best, progress = validation.state()
-    metadata = {"epoch": str(module.epoch + 1), "rows": json.dumps(rows), **progress}
-    save_tensors(run / RESUME, tensors | best, metadata)
-
-
-def _write_metrics(run: Path, rows: list[dict[str, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["epoch", "loss", "lr", "seconds"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(run / "metrics.csv", text.getvalue().encode())
+    return cache_features(fit, method, settings.cache, run, progress)
 
 
 def _relative(samples: Sequence[Sample], root: Path) -> tuple[str, ...]:

@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
 from fastad.errors import InputError
+
+Count = Annotated[int, pydantic.Field(ge=1)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
+Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -28,21 +32,21 @@ class TrainSettings:
     without a lower loss on them, and the best epoch is the result instead of the last.
     """
 
-    epochs: int
-    batch: int
-    lr: float
+    epochs: Count
+    batch: Count
+    lr: Annotated[float, pydantic.Field(gt=0)]
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     groups: dict[str, float] = field(default_factory=dict)
-    step_epochs: int | None = None
+    step_epochs: Count | None = None
     step_factor: float = 0.1
-    gradient_clip: float = 0.0
-    seed: int = 0
-    holdout: float = 0.2
-    cache: Literal["auto", "memory", "file", "off"] = "auto"
-    validation_fraction: float = 0.0
-    patience: int = 50
+    gradient_clip: NotNegative = 0.0
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    holdout: Share = 0.2
+    cache: Literal["auto", "memory", "file", "none"] = "auto"
+    validation_fraction: Share = 0.0
+    patience: Count = 50
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ def _read(name: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise InputError(f"recipe: no file {path}")
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not readable as a UTF-8 text file ({error})") from None
     if str(name) not in shipped():
         near = difflib.get_close_matches(str(name), shipped(), n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -120,7 +127,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise InputError(f"override: {key}: {parent} is a value, not a group of settings")
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override: {key}: {text!r} is not a YAML value") from None
 
 
 def settings_of(recipe: Recipe) -> Mapping[str, Any]:

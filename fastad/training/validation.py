@@ -32,7 +32,7 @@ class Validation(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare with the best epoch so far."""
         method = cast(Method, cast(Any, pl_module).method)
-        loss = self.measure(method)
+        loss = self.measure(method, pl_module.device)
         if loss < self.best_loss:
             self.best_loss, self.waited = loss, 0
             self.best = {k: v.detach().cpu().clone() for k, v in method.state_dict().items()}
@@ -41,14 +41,17 @@ class Validation(pl.Callback):
             trainer.should_stop = self.waited >= self.patience
 
     @torch.no_grad()
-    def measure(self, method: Method) -> float:
+    def measure(self, method: Method, device: torch.device) -> float:
         """Mean loss over the validation images, in eval mode."""
         method.eval()
         total, N = 0.0, len(cast(Any, self.data))
         for start in range(0, N, self.batch):
             indices = list(range(start, min(start + self.batch, N)))
             batch: Tensor | Features = cast(Any, self.data).__getitems__(indices)
-            features = method.features(batch) if isinstance(batch, Tensor) else batch
+            if isinstance(batch, Tensor):
+                features = method.features(batch.to(device))
+            else:
+                features = tuple(level.to(device) for level in batch)
             total += float(method.loss(features)) * len(indices)
         method.train()
         return total / N

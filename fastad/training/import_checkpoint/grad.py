@@ -11,8 +11,7 @@ from fastad.errors import InputError
 from fastad.models.backbone import efficientnet_to_timm
 from fastad.models.grad import Grad, GradConfig
 
-_HEAD = "reconstruction."
-_BASIC = {"conv1": "conv1", "bn1": "bn1", "conv2": "conv2", "bn2": "bn2"}
+_HEAD, _BODY = "reconstruction.", "backbone."
 _BOTTLENECK = {
     "0": "expand",
     "1": "bn1",
@@ -37,12 +36,13 @@ def grad_from_authors(state: Mapping[str, Tensor]) -> Grad:
     config = _config(state)
     model = Grad(config, weights="none")
     renamed = _rename_head(state)
-    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("back")}
+    backbone = {k.removeprefix(_BODY): v for k, v in state.items() if k.startswith(_BODY)}
     for key, value in efficientnet_to_timm(backbone, model.backbone.net).items():
         renamed[f"backbone.net.{key}"] = value
     own = model.state_dict()
     missing = sorted(own.keys() - renamed.keys())
-    unknown = sorted(renamed.keys() - own.keys())
+    strangers = {k for k in state if not k.startswith((_HEAD, _BODY))}
+    unknown = sorted(renamed.keys() - own.keys() | strangers)
     wrong = sorted(k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape)
     if missing or unknown or wrong:
         raise InputError(
@@ -94,11 +94,10 @@ def _rename_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             flat = value.flatten(1) if value.dim() == 4 else value  # 1 x 1 convolution = linear
             renamed[f"{coord}.{parts[1]}.{parts[2]}"] = flat
         elif parts[0] == "layer" and parts[2] != "conv":
-            block, layer, field = parts[2], _BASIC[parts[3]], parts[4]
-            renamed[f"fusion.{block}.{layer}.{field}"] = value
+            renamed[".".join(("fusion", *parts[2:]))] = value  # inner names agree with ours
         elif parts[0] == "layer":
             layer, field = ".".join(parts[3:-1]), parts[-1]
-            renamed[f"fusion.{parts[1]}.{_BOTTLENECK[layer]}.{field}"] = value
+            renamed[f"fusion.{parts[1]}.{_BOTTLENECK.get(layer, layer)}.{field}"] = value
         else:
             renamed[name] = value
     return {k: v if v.dtype == torch.int64 else v.float() for k, v in renamed.items()}
