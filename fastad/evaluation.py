@@ -32,7 +32,7 @@ class Scores:
     """Metrics of one category, or their mean over categories; None where they are undefined.
 
     AUROC, AP, F1max and AUPRO (up to 30 % false positives) are in 0..1. Rates are at the
-    calibrated threshold and None without calibration.
+    calibrated threshold and None without calibration; the interval says what so few images prove.
     """
 
     category: str
@@ -47,6 +47,7 @@ class Scores:
     aupro: float | None
     false_alarm_rate: float | None
     detection_rate: float | None
+    false_alarm_interval: tuple[float, float] | None  # 95 %, Clopper-Pearson; None for means
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,11 @@ class _Category:
             aupro=pixel.aupro if pixel else None,
             false_alarm_rate=_share(alarms[~labels]) if calibrated else None,
             detection_rate=_share(alarms[labels]) if calibrated else None,
+            false_alarm_interval=calibration.false_alarm_interval(
+                int(alarms[~labels].sum()), int((~labels).sum())
+            )
+            if calibrated and not labels.all()
+            else None,
         )
 
 
@@ -232,9 +238,8 @@ def _share(values: np.ndarray[Any, np.dtype[np.bool_]]) -> float | None:
 
 def _mean(rows: Sequence[Scores]) -> Scores:
     means: dict[str, float | None] = {}
-    for name in (
-        f.name for f in fields(Scores) if f.name not in ("category", "images", "anomalous")
-    ):
+    others = ("category", "images", "anomalous", "false_alarm_interval")
+    for name in (f.name for f in fields(Scores) if f.name not in others):
         values = [getattr(row, name) for row in rows]
         known = [v for v in values if v is not None]
         means[name] = float(np.mean(known)) if known else None
@@ -243,6 +248,7 @@ def _mean(rows: Sequence[Scores]) -> Scores:
         images=sum(row.images for row in rows),
         anomalous=sum(row.anomalous for row in rows),
         **means,
+        false_alarm_interval=None,
     )
 
 

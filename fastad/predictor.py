@@ -50,7 +50,7 @@ def load(
     """
     with read_engine(path) as engine:
         manifest = engine.manifest
-        graph = bytes(engine.member(manifest.variants[0].member))
+        graph = engine.member(manifest.variants[0].member)
     return Predictor(manifest, open_runtime(graph, runtime, precision, device, threads))
 
 

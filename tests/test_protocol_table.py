@@ -17,7 +17,7 @@ def evaluation(**image_auroc: float) -> Evaluation:
     none = dict.fromkeys(
         (
             *("image_ap", "image_f1max", "pixel_ap", "pixel_f1max", "aupro"),
-            *("false_alarm_rate", "detection_rate"),
+            *("false_alarm_rate", "detection_rate", "false_alarm_interval"),
         )
     )
     rows = tuple(
