@@ -166,6 +166,9 @@ def predict(
     runtime: Runtime = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="As elsewhere; predict prints JSON lines anyway.")
+    ] = False,
 ) -> None:
     """One JSON line per image. Example: fastad predict a.engine images/ --overlays out/."""
     from fastad.predictor import load

@@ -125,7 +125,7 @@ def test_from_folder_to_answer(cli: Cli, textures: Textures, tmp_path: Path) -> 
     assert {"openvino"} <= {report["runtime"] for report in exported["parity"]}
 
     assert json.loads(cli("verify", engine, "--json").out)["verified"] is True
-    done = cli("predict", engine, textures.root / "grain" / "test" / "chalk")
+    done = cli("predict", engine, textures.root / "grain" / "test" / "chalk", "--json")
     assert len(done.out.splitlines()) == 3
     done = cli("evaluate", engine, textures.root / "grain", "--json")
     assert json.loads(done.out)["mean"]["images"] == COUNTS["test"] + 6
