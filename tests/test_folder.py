@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastad.errors import FastadWarning, InputError
+from fastad.errors import InputError
 from fastad.training.folder import Sample, load_images, read_mask, scan, split_holdout
 
 RNG = np.random.default_rng(0)
@@ -423,33 +423,6 @@ def test_a_damaged_image_stops_the_loading_by_name(nuts: tuple[Sample, ...]) -> 
         list(load_images(nuts, (8, 8)))
 
 
-def test_skipped_images_are_named_and_counted(nuts: tuple[Sample, ...]) -> None:
-    nuts[1].path.write_text("damaged")
-    nuts[4].path.unlink()
-    images = load_images(nuts, (8, 8), on_error="skip", batch_size=4)
-    with pytest.warns(
-        FastadWarning, match=r"2 of 7 images cannot be read(.|\n)*1\.png(.|\n)*4\.png"
-    ):
-        batches = list(images)
-    assert [len(batch) for batch, _ in batches] == [4, 1]
-    assert [s for _, kept in batches for s in kept] == [nuts[i] for i in (0, 2, 3, 5, 6)]
-    assert [skipped.sample for skipped in images.skipped] == [nuts[1], nuts[4]]
-    assert "1.png: is not an image" in images.skipped[0].reason
-
-
-def test_skipping_nothing_says_nothing(nuts: tuple[Sample, ...]) -> None:
-    images = load_images(nuts, (8, 8), on_error="skip")
-    assert [len(kept) for _, kept in images] == [7]
-    assert images.skipped == []
-
-
-def test_refuses_to_skip_every_image(nuts: tuple[Sample, ...]) -> None:
-    for sample in nuts:
-        sample.path.write_text("damaged")
-    with pytest.raises(InputError, match="7 of 7 images cannot be read"):
-        list(load_images(nuts, (8, 8), on_error="skip"))
-
-
 def test_wide_images_take_the_declared_range(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 2000, np.uint16)).save(tmp_path / "a.png")
     ((batch, _),) = load_images(scan(tmp_path).train, (4, 4), value_range=(0, 4000))
@@ -458,7 +431,7 @@ def test_wide_images_take_the_declared_range(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"on_error": "ignore"}, {"batch_size": 0}, {"size": (0, 8)}, {"value_range": (9, 1)}],
+    [{"batch_size": 0}, {"size": (0, 8)}, {"value_range": (9, 1)}],
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_rejects_arguments_before_the_first_batch(

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import unicodedata
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastad.errors import FastadWarning, InputError
+from fastad.errors import InputError
 from fastad.preprocess import (
     IMAGE_SUFFIXES,
     Frame,
@@ -72,14 +71,6 @@ class ImageFolder:
     categories: tuple[str, ...]
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
-
-
-@dataclass(frozen=True)
-class SkippedImage:
-    """A file that could not be read, and why."""
-
-    sample: Sample
-    reason: str
 
 
 def scan(
@@ -224,94 +215,51 @@ def read_mask(
     return np.array(resized, np.bool_)
 
 
-class ImageBatches:
-    """Iterator over (uint8 RGB [B, H, W, 3], its B samples), made by `load_images`.
-
-    Each batch is a new array; beside it, memory holds one image. ``skipped`` grows on the way.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        size: tuple[int, int],
-        batch_size: int,
-        value_range: ValueRange | None,
-        skips: bool,
-    ):
-        self.skipped: list[SkippedImage] = []
-        self._samples = tuple(samples)
-        self._value_range = value_range
-        self._skips = skips
-        self._batches = self._read(size, batch_size)
-
-    def __iter__(self) -> Iterator[tuple[NDArray[np.uint8], list[Sample]]]:
-        return self
-
-    def __next__(self) -> tuple[NDArray[np.uint8], list[Sample]]:
-        return next(self._batches)
-
-    def _read(
-        self, size: tuple[int, int], batch_size: int
-    ) -> Iterator[tuple[NDArray[np.uint8], list[Sample]]]:
-        batch = np.empty((batch_size, *size, 3), np.uint8)
-        kept: list[Sample] = []
-        for sample in self._samples:
-            try:
-                frame = Frame(read_image(sample.path, self._value_range), path=sample.path)
-            except InputError as error:
-                if not self._skips:
-                    raise
-                self.skipped.append(SkippedImage(sample, str(error)))
-                continue
-            # One by one, because a batch of full-size photographs can exceed the memory.
-            to_batch([frame], size, batch[len(kept) : len(kept) + 1])
-            kept.append(sample)
-            if len(kept) == batch_size:
-                yield batch, kept
-                batch, kept = np.empty_like(batch), []
-        if kept:
-            yield batch[: len(kept)], kept
-        self._report()
-
-    def _report(self) -> None:
-        if not self.skipped:
-            return
-        count = f"{len(self.skipped)} of {len(self._samples)} images cannot be read"
-        reasons = "\n  ".join(skipped.reason for skipped in self.skipped)
-        if len(self.skipped) == len(self._samples):
-            raise InputError(f"{count}:\n  {reasons}")
-        warnings.warn(f"{count} and were skipped:\n  {reasons}", FastadWarning, stacklevel=4)
-
-
 def load_images(
     samples: Sequence[Sample],
     size: tuple[int, int],
     value_range: ValueRange | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
     *,
     batch_size: int = 32,
-) -> ImageBatches:
+) -> Iterator[tuple[NDArray[np.uint8], list[Sample]]]:
     """Read samples in order, batch by batch, at model size; arguments are checked at once.
+
+    Each batch is a new array; beside it, memory holds one image.
 
     Args:
         samples: What to read.
         size: (H, W) of the model.
         value_range: Grey levels (low, high) that become 0 and 255, for files of more than 8 bits.
-        on_error: "skip" leaves files out that cannot be read; the iterator's ``skipped`` names
-            them, and a `FastadWarning` counts them at the end.
         batch_size: Images in a batch; the last batch may hold fewer.
 
+    Returns:
+        Iterator over (uint8 RGB [B, H, W, 3], its B samples).
+
     Raises:
-        InputError: an argument is out of range; later, a file (with "skip": each) is unreadable.
+        InputError: an argument is out of range; later, a file is unreadable.
     """
-    if on_error not in ("raise", "skip"):
-        raise InputError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     if batch_size < 1 or len(size) != 2 or min(size) < 1:
         raise InputError(
             f"expected batch_size and size (H, W) of at least 1, got {batch_size} and {size}"
         )
     check_value_range(value_range)
-    return ImageBatches(samples, size, batch_size, value_range, on_error == "skip")
+    return _batches(samples, size, value_range, batch_size)
+
+
+def _batches(
+    samples: Sequence[Sample],
+    size: tuple[int, int],
+    value_range: ValueRange | None,
+    batch_size: int,
+) -> Iterator[tuple[NDArray[np.uint8], list[Sample]]]:
+    for start in range(0, len(samples), batch_size):
+        chosen = list(samples[start : start + batch_size])
+        batch = np.empty((len(chosen), *size, 3), np.uint8)
+        for i, sample in enumerate(chosen):
+            # One by one, because a batch of full-size photographs can exceed the memory.
+            frame = Frame(read_image(sample.path, value_range), path=sample.path)
+            to_batch([frame], size, batch[i : i + 1])
+        yield batch, chosen
 
 
 def _mvtec_category(
