@@ -51,7 +51,7 @@ def run(losses: list[float], patience: int) -> tuple[Validation, Scripted, int]:
 
 
 def test_stops_when_patience_ends_and_restores_the_best_epoch() -> None:
-    validation, method, epochs = run([5.0, 3.0, 4.0, 3.0, 1.0], patience=2)
+    validation, method, epochs = run([5.0, 3.0, 4.0, 3.5, 1.0], patience=2)
     assert epochs == 4
     validation.restore(method)  # type: ignore[arg-type]
     assert method.weight.item() == 3.0
