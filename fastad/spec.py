@@ -87,12 +87,46 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class GateReport:
+    """One runtime and precision against float32 of the same runtime, over real images.
+
+    Map differences are relative to the range of the float32 maps. The false-alarm rate is the share
+    of held-out normal images above the calibrated threshold; its interval holds the true rate with
+    95 % confidence as float32 shows it. Changes of AUROC and AUPRO are in points of 0..100,
+    negative is worse; None without labelled images. Times are of the machine that exported.
+    """
+
+    runtime: str
+    precision: str
+    normal_images: int
+    test_images: int
+    map_max: float
+    map_mean: float
+    score_rank_correlation: float  # Spearman, over all images
+    false_alarm_rate: float | None
+    false_alarm_interval: tuple[float, float] | None
+    image_auroc_change: float | None
+    pixel_auroc_change: float | None
+    aupro_change: float | None
+    ms_batch1: float
+    ms_batch8: float  # per image
+    refused: str = ""  # the rule that failed; empty where the variant passed
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One graph inside the engine file."""
+    """One graph inside the engine file.
+
+    ``runtimes`` may load it for ``precision``; several variants may share a member. ``kept`` names
+    the layers left in float32 beyond the rules of the precision.
+    """
 
     member: str
     precision: str
     parity: tuple[ParityReport, ...]
+    runtimes: tuple[str, ...] = ("openvino", "onnxruntime")
+    gate: tuple[GateReport, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]  # map [B, H, W], raw score [B]
 
 
