@@ -1,7 +1,8 @@
-"""Checkpoint in, engine file out: graph, parity on real images, golden images, manifest."""
+"""Checkpoint in, engine file out: graphs, parity and gate on real images, manifest."""
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 import warnings
@@ -13,21 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastad.engine import parity
-from fastad.engine.base import Outputs
-from fastad.engine.container import Golden, write_engine
-from fastad.engine.pytorch import PyTorchRuntime
+from fastad.engine.base import Outputs, Precision
+from fastad.engine.container import MODEL, WEIGHTS, Golden, write_engine
+from fastad.engine.pytorch import PyTorchRuntime, weights_member
 from fastad.engine.select import RUNTIMES, open_runtime, why_unsupported
-from fastad.errors import FastadWarning, InputError
+from fastad.errors import FastadWarning, InputError, UnsupportedError
 from fastad.spec import Manifest, ParityReport, Variant
-from fastad.training.checkpoint import Checkpoint, load_checkpoint
-from fastad.training.folder import Sample, load_images
+from fastad.training.checkpoint import Checkpoint, Record, load_checkpoint
+from fastad.training.folder import Sample, load_images, scan
 from fastad.training.progress import Report
 
+from .gate import GateImages, Limits, load_gate_images
+from .precision import Candidate, parse_precisions, try_precisions
 from .to_onnx import OPSET, to_onnx
 
 PARITY_IMAGES = 16
 GOLDEN_IMAGES = 2
-GRAPH = "model.onnx"
+RANGE_IMAGES = 32  # normal images that int8's value ranges are measured on
+GATE_IMAGES = 128  # held-out normal images that judge a precision, at most
 
 
 def export_engine(
@@ -35,25 +39,44 @@ def export_engine(
     out: str | Path,
     *,
     images: Sequence[str | Path] | None = None,
+    precision: str | Sequence[str] = "fp32",
+    test_data: str | Path | None = None,
+    mask_folder: str = "ground_truth",
+    limits: Limits | None = None,
+    weights: bool = False,
     report: Report | None = None,
 ) -> Path:
     """Write the engine file of a trained run.
 
     Every runtime of this machine computes real images and is compared with PyTorch in float32; a
-    difference above `parity.MAP_LIMIT` of the map's range stops the export.
+    difference above `parity.MAP_LIMIT` of the map's range stops the export. Every other precision
+    is compared with float32 of the same runtime (`fastad.export.gate`) and refused, with the reason
+    in the file, where it loses too much.
 
     Args:
         run: Run folder or checkpoint folder.
         out: The ``.engine`` file to write; replaced only when the new one is complete.
-        images: Images for parity and golden outputs; None takes held-out normal ones of the run.
+        images: Normal images for parity, golden outputs and gate; None takes the run's held-out
+            ones.
+        precision: ``fp32``, a list with any of ``bf16``, ``int8``, ``fp16``, or ``auto`` for all
+            that may help a CPU. float32 is always there and the default: a call that trains or
+            tests models should not spend minutes on a search it did not ask for, nor run another
+            precision afterwards. The command line's default is ``auto``.
+        test_data: Labelled images in any layout `scan` reads, for AUROC and AUPRO; None leaves the
+            gate with normal images only.
+        mask_folder: Name of the folder with masks inside each category of ``test_data``.
+        limits: What a precision may lose; None takes the defaults.
+        weights: Store the weights as well, for PyTorch on a GPU; about doubles the file.
         report: Receives progress; None is silent.
 
     Returns:
         The path written.
 
     Raises:
-        InputError: no checkpoint, no images, or ``out`` has another suffix.
-        UnsupportedError: torch cannot express the method as a graph.
+        InputError: no checkpoint, no images, no test images, an unknown precision, or ``out`` has
+            another suffix.
+        UnsupportedError: torch cannot express the method as a graph, or no runtime of this machine
+            has a precision that was asked for by name.
         EngineError: parity failed, or the file could not be written.
     """
     out = Path(out)
@@ -61,6 +84,12 @@ def export_engine(
         raise InputError(f"out: expected a name ending in .engine, got {out}")
     if not out.parent.is_dir():
         raise InputError(f"out: the folder {out.parent} does not exist; create it first")
+    precisions = parse_precisions(precision)
+    if precision != "auto":
+        _check_available(precisions)
+    tested = scan(test_data, None, mask_folder).test if test_data is not None else ()
+    if test_data is not None and not tested:
+        raise InputError(f"{test_data}: expected test images in <category>/test/, found none")
     checkpoint = load_checkpoint(run)
     record, method = checkpoint.record, checkpoint.method
     if record.calibration is None:
@@ -71,11 +100,14 @@ def export_engine(
             stacklevel=2,
         )
     threshold = record.calibration.pooled.value if record.calibration else None
-    pixels = _parity_images(checkpoint, images)
+    normal = _normal_images(checkpoint, images)
+    spread = normal[:: max(1, len(normal) // PARITY_IMAGES)][:PARITY_IMAGES]  # over the categories
+    pixels = _read(spread, record)
     _tell(report, 1, "PyTorch reference")
     reference = _reference(PyTorchRuntime(method), pixels)
     _tell(report, 2, "graph")
     graph = to_onnx(method)
+    members = {MODEL: graph} | ({WEIGHTS: weights_member(method)} if weights else {})
     reports: list[ParityReport] = []
     for name in RUNTIMES:
         if why_unsupported(name, "fp32") is None:
@@ -86,25 +118,55 @@ def export_engine(
             finally:
                 runtime.close()
             parity.check(reports[-1])
+    variants = [Variant(MODEL, "fp32", tuple(reports), RUNTIMES)]
+    if len(precisions) > 1:
+        held = load_gate_images(
+            _samples(normal[:: -(-len(normal) // GATE_IMAGES)]), tested, record.spec.input
+        )
+        ranges = _range_images(record, held)
+        found = try_precisions(
+            graph, precisions, ranges, held, threshold, limits or Limits(), report
+        )
+        try:
+            lower = [c for c in found if c.variant.precision != "fp32"]
+            full = tuple(c.report for c in found if c.variant.precision == "fp32")
+            variants = [dataclasses.replace(variants[0], gate=full)]
+            variants += [_with_parity(c, pixels, reference, threshold) for c in lower]
+            members |= {c.variant.member: c.graph for c in lower if c.runtime}
+        finally:
+            for candidate in found:
+                candidate.close()
     manifest = Manifest(
         spec=record.spec,
-        variants=(Variant(GRAPH, "fp32", tuple(reports)),),
+        variants=tuple(variants),
         calibration=record.calibration,
-        provenance=record.provenance | _versions(),
+        provenance=record.provenance | versions(),
     )
     golden = slice(0, GOLDEN_IMAGES)
-    members = {
-        GRAPH: graph,
-        **Golden(pixels[golden], reference[0][golden], reference[1][golden]).members(),
-    }
+    members |= Golden(pixels[golden], reference[0][golden], reference[1][golden]).members()
     written = write_engine(out, manifest, members)
     _tell(report, 4, "written")
     return written
 
 
-def _parity_images(
-    checkpoint: Checkpoint, images: Sequence[str | Path] | None
-) -> NDArray[np.uint8]:
+def _check_available(precisions: Sequence[Precision]) -> None:
+    for precision in precisions:
+        reasons = [why_unsupported(name, precision) for name in RUNTIMES]
+        if all(reasons):
+            raise UnsupportedError("; ".join(reason for reason in reasons if reason))
+
+
+def _with_parity(
+    candidate: Candidate, pixels: NDArray[np.uint8], reference: Outputs, threshold: float | None
+) -> Variant:
+    """The candidate's variant, with its distance from PyTorch where it may run."""
+    if candidate.runtime is None:
+        return candidate.variant
+    report = parity.compare(candidate.runtime, pixels, reference, threshold)
+    return dataclasses.replace(candidate.variant, parity=(report,))
+
+
+def _normal_images(checkpoint: Checkpoint, images: Sequence[str | Path] | None) -> list[Path]:
     record = checkpoint.record
     if images is not None:
         found = [Path(image) for image in images]
@@ -121,16 +183,30 @@ def _parity_images(
             "images: {missing} of the run's own {all} images are not there any more, such as "
             "{first}; pass --images with a few normal ones"
         )
-    step = max(1, len(found) // PARITY_IMAGES)  # spread over the categories
-    paths = found[::step][:PARITY_IMAGES]
-    missing = [path for path in paths if not path.is_file()]
-    if missing or not paths:
+    missing = [path for path in found if not path.is_file()]
+    if missing or not found:
         first = missing[0] if missing else "none given"
-        raise InputError(lost.format(missing=len(missing), all=len(paths), first=first))
-    samples = [Sample(path, "", False) for path in paths]
+        raise InputError(lost.format(missing=len(missing), all=len(found), first=first))
+    return found
+
+
+def _samples(paths: Sequence[Path]) -> list[Sample]:
+    return [Sample(path, "", False) for path in paths]
+
+
+def _read(paths: Sequence[Path], record: Record) -> NDArray[np.uint8]:
     spec = record.spec.input
-    batches = load_images(samples, spec.size, spec.value_range)
+    batches = load_images(_samples(paths), spec.size, spec.value_range)
     return np.concatenate([batch for batch, _ in batches])
+
+
+def _range_images(record: Record, held: GateImages) -> NDArray[np.uint8]:
+    """Images trained on, so that the gate judges by others; its own where those are gone."""
+    paths = [Path(record.data_root) / name for name in record.fit]
+    paths = paths[:: max(1, len(paths) // RANGE_IMAGES)][:RANGE_IMAGES]
+    if paths and all(path.is_file() for path in paths):
+        return _read(paths, record)
+    return held.pixels[: held.normal][:RANGE_IMAGES]
 
 
 def _reference(runtime: PyTorchRuntime, images: NDArray[np.uint8]) -> Outputs:
@@ -141,7 +217,8 @@ def _reference(runtime: PyTorchRuntime, images: NDArray[np.uint8]) -> Outputs:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """When, where and with what a file was exported, for its provenance."""
     found = {
         "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "opset": str(OPSET),

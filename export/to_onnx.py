@@ -1,19 +1,29 @@
-"""One ONNX graph for every runtime: uint8 images in, anomaly map and raw score out."""
+"""One ONNX graph for every runtime: uint8 images in, anomaly map and raw score out.
+
+Operators of fastad are nodes of the domain ``fastad``. The file says what each means in a local
+function of standard operators, and the attribute ``plugin_namespace`` lets TensorRT take a plugin
+instead. ONNX Runtime inlines the functions; OpenVINO translates the nodes.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import onnx
+import onnxscript.optimizer
 import torch
 
 from fastad.errors import UnsupportedError
 from fastad.models.deployed import DeployedGraph
 from fastad.models.registry import Method
+from fastad.ops.grid_interpolate import onnx_impl as grid_interpolate
+from fastad.ops.neighbor_attention import onnx_impl as neighbor_attention
 
 OPSET = 18  # the newest that every runtime here takes in float32
+DOMAIN = "fastad"
+FOLD_BYTES = 1 << 26  # of one constant: positions after their projection have megabytes
 
 
 def to_onnx(method: Method) -> bytes:
@@ -58,5 +68,30 @@ def to_onnx(method: Method) -> bytes:
         del node.metadata_props[:]
     for value in (*model.graph.value_info, *model.graph.initializer):
         del value.metadata_props[:]
+    # What depends on no image becomes an initializer: plugins take such inputs as they are.
+    onnxscript.optimizer.fold_constants(
+        model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES
+    )
+    onnxscript.optimizer.remove_unused_nodes(model)
+    add_functions(model)
     onnx.checker.check_model(model, full_check=True)
     return cast(bytes, model.SerializeToString())
+
+
+def add_functions(model: onnx.ModelProto) -> None:
+    """Give ``model`` a local function for every form of operator among its nodes."""
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    for operator in (grid_interpolate, neighbor_attention):
+        model.functions.extend(operator.functions(nodes))
+
+
+def describe_onnx(graph: bytes) -> dict[str, Any]:
+    """What a program that loads the graph has to know about it."""
+    model = onnx.load_from_string(graph)
+    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    return {
+        "ir_version": model.ir_version,
+        "opset": opsets["ai.onnx"],
+        "domains": opsets,
+        "functions": [f"{function.domain}::{function.name}" for function in model.functions],
+    }

@@ -15,10 +15,12 @@ from fastad.console import (
     Bars,
     calibration_table,
     diagnosis_tables,
+    fastest_precisions,
     manifest_tables,
     messages,
     parity_table,
     plain,
+    precision_parts,
     print_result,
     scores_table,
 )
@@ -33,12 +35,16 @@ app = typer.Typer(
 EXTRAS = dict.fromkeys(("torch", "lightning", "timm", "yaml", "safetensors"), "train") | {
     "onnx": "export",
     "onnxscript": "export",
+    "tensorrt": "tensorrt",
 }
 PARTLY_FAILED = 3  # exit code: results were written, some images could not be read
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Runtime = Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Runtime = Annotated[
+    str, typer.Option(help="auto, openvino, onnxruntime; on GPUs tensorrt, pytorch, onnxruntime.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp16.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
 Categories = Annotated[list[str] | None, typer.Option("--category", help="Only these; repeat.")]
 ValueRange = Annotated[
@@ -63,10 +69,14 @@ def train(
         list[str] | None, typer.Option("--set", help="Override, such as train.epochs=5; repeat.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes, one GPU each; torchrun brings its own.")
+    ] = 1,
     json_: Json = False,
 ) -> None:
     """Train on normal images. Example: fastad train data/ --out runs/a --recipe crad-s.paper."""
     from fastad.training.fit import train as run_training
+    from fastad.training.processes import is_first
 
     with Bars() as bars:
         checkpoint = run_training(
@@ -78,8 +88,11 @@ def train(
             value_range=value_range,
             overrides=set_ or (),
             resume=resume,
+            devices=devices,
             report=bars,
         )
+    if not is_first():
+        return
     record = checkpoint.record
     result = {
         "run": str(out),
@@ -134,22 +147,99 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option(help="The .engine file to write.")],
     images: Annotated[
-        list[str] | None, typer.Option(help="Images or folders for the parity check; repeat.")
+        list[str] | None, typer.Option(help="Images or folders for parity and gate; repeat.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto (fp32, bf16, int8), or a list such as fp32,int8.")
+    ] = "auto",
+    test_data: Annotated[
+        Path | None, typer.Option(help="Labelled images: the gate then compares AUROC and AUPRO.")
+    ] = None,
+    mask_folder: Annotated[str, typer.Option(help="Folder of masks.")] = "ground_truth",
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Store weights too, for PyTorch on a GPU.")
+    ] = False,
+    format_: Annotated[
+        str, typer.Option("--format", help="engine; or plain files: onnx, openvino.")
+    ] = "engine",
     json_: Json = False,
 ) -> None:
     """Write the engine file, checked. Example: fastad export runs/a --out a.engine."""
     from fastad.engine.container import read_engine
-    from fastad.export import export_engine
+    from fastad.export import export_engine, export_plain
     from fastad.preprocess import expand
 
+    if format_ != "engine":
+        if images or test_data or weights or precision != "auto":
+            raise InputError(
+                f"--format {format_}: writes the float32 graph; --images, --precision, --test-data "
+                "and --weights belong to --format engine"
+            )
+        with Bars() as bars:
+            plain_file = export_plain(run, out, format_, report=bars)
+        print_result({"file": str(plain_file), "sidecar": f"{plain_file}.json"}, json_)
+        return
     with Bars() as bars:
         chosen = expand(images) if images else None
-        path = export_engine(run, out, images=chosen, report=bars)
+        path = export_engine(
+            run,
+            out,
+            images=chosen,
+            precision=precision,
+            test_data=test_data,
+            mask_folder=mask_folder,
+            weights=weights,
+            report=bars,
+        )
     with read_engine(path) as engine:
-        reports = [report for variant in engine.manifest.variants for report in variant.parity]
-    result = {"engine": str(path), "bytes": path.stat().st_size, "parity": plain(reports)}
-    print_result(result, json_, parity_table(reports, str(path)))
+        variants = engine.manifest.variants
+    reports = [report for variant in variants for report in variant.parity]
+    result = {
+        "engine": str(path),
+        "bytes": path.stat().st_size,
+        "parity": plain(reports),
+        "gate": plain([report for variant in variants for report in variant.gate]),
+        "auto": fastest_precisions(variants),
+    }
+    print_result(result, json_, parity_table(reports, str(path)), *precision_parts(variants))
+
+
+@app.command()
+def build(
+    engine: Annotated[Path, typer.Argument(help="Engine file; gains the plans.")],
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, a list of them, or auto for all in the file.")
+    ] = "fp32",
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch of one run.")] = 8,
+    plugins: Annotated[
+        bool, typer.Option(help="Own kernels for fastad's operators, or TensorRT's layers.")
+    ] = True,
+    hardware: Annotated[
+        str, typer.Option(help="exact GPU, same-capability, or ampere-plus.")
+    ] = "exact",
+    version_compatible: Annotated[
+        bool, typer.Option(help="Loadable by newer TensorRT of this major version.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    json_: Json = False,
+) -> None:
+    """TensorRT plans for this machine's GPU. Example: fastad build a.engine --precision fp16."""
+    from fastad.export.to_tensorrt import BuildSettings, build_plans
+    from fastad.spec import to_json
+
+    settings = BuildSettings(max_batch, hardware, version_compatible)
+    with Bars() as bars:
+        built = build_plans(
+            engine,
+            precision=precision,
+            device=device,
+            plugins=plugins,
+            settings=settings,
+            report=bars,
+        )
+    reports = [plan.parity for plan in built if plan.parity]
+    result = {"engine": str(engine), "plans": [json.loads(to_json(plan)) for plan in built]}
+    print_result(result, json_, parity_table(reports, str(engine)))
 
 
 @app.command()
@@ -163,6 +253,7 @@ def predict(
     overlays: Annotated[Path | None, typer.Option(help="Folder for heat map images.")] = None,
     maps: Annotated[Path | None, typer.Option(help="Folder for float32 maps (.npy).")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder for masks (.png).")] = None,
+    device: Device = "auto",
     runtime: Runtime = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
@@ -183,7 +274,9 @@ def predict(
         unreadable.append(str(error))
 
     with (
-        load(engine, runtime=runtime, precision=precision, threads=threads) as predictor,
+        load(
+            engine, device=device, runtime=runtime, precision=precision, threads=threads
+        ) as predictor,
         LineFile(out) as lines,
         Bars() as bars,
     ):
@@ -219,6 +312,7 @@ def evaluate(
     protocol: Annotated[
         str | None, typer.Option(help="Check data and print the papers' table: mvtec, visa, ...")
     ] = None,
+    device: Device = "auto",
     runtime: Runtime = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
@@ -245,6 +339,7 @@ def evaluate(
             categories=category,
             resolution=resolution,  # type: ignore[arg-type]  # checked above
             mask_folder=mask_folder,
+            device=device,
             runtime=runtime,
             precision=precision,
             threads=threads,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from fastad.atomic import unwritable
 if TYPE_CHECKING:
     from fastad.doctor import Diagnosis
     from fastad.evaluation import Evaluation
-    from fastad.spec import Calibration, Manifest, ParityReport
+    from fastad.spec import Calibration, GateReport, Manifest, ParityReport, Variant
 
 messages = Console(stderr=True)
 SCORE_HEADS = {
@@ -80,8 +81,8 @@ def print_result(result: dict[str, Any], as_json: bool, *readable: Any) -> None:
         raise unwritable("standard output", error) from error
 
 
-def plain(reports: list[ParityReport]) -> list[dict[str, Any]]:
-    """Parity reports as JSON values."""
+def plain(reports: Sequence[ParityReport | GateReport]) -> list[dict[str, Any]]:
+    """Reports as JSON values."""
     return [asdict(report) for report in reports]
 
 
@@ -117,6 +118,55 @@ def parity_table(reports: list[ParityReport], title: str) -> Table:
     return table
 
 
+def fastest_precisions(variants: Sequence[Variant]) -> dict[str, str]:
+    """What ``precision="auto"`` takes on each runtime of this machine; empty without a gate."""
+    from fastad.engine.select import RUNTIMES, choose, why_unsupported
+
+    if not any(variant.gate for variant in variants):
+        return {}
+    able = [name for name in RUNTIMES if why_unsupported(name, "fp32") is None]
+    return {name: choose(variants, name, "auto", "cpu").precision for name in able}
+
+
+def precision_parts(variants: Sequence[Variant]) -> list[Any]:
+    """The accuracy gate: a table, why precisions were refused, what was kept in float32."""
+    rows = [(variant, report) for variant in variants for report in variant.gate]
+    if not rows:
+        return []
+    heads = ("runtime", "precision", "map\nmean", "rank\ncorr.", "image\nAUROC", "pixel\nAUROC")
+    table = Table(title="precisions against float32 of the same runtime", box=SIMPLE_HEAD)
+    for head in heads[:2]:
+        table.add_column(head, no_wrap=True)
+    for head in (*heads[2:], "pixel\nAUPRO", "false\nalarm", "ms\nB1", "ms\nB8"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    notes = []
+    for variant, r in rows:
+        changes = (r.image_auroc_change, r.pixel_auroc_change, r.aupro_change)
+        table.add_row(
+            r.runtime,
+            f"({r.precision})" if r.refused else r.precision,
+            f"{r.map_mean:.4f}",
+            f"{r.score_rank_correlation:.3f}",
+            *("-" if change is None else f"{change:+.2f}" for change in changes),
+            _number(r.false_alarm_rate, 3),
+            *(f"{ms:.1f}" if ms else "-" for ms in (r.ms_batch1, r.ms_batch8)),
+        )
+        if r.refused:
+            notes.append(f"refused: {r.runtime} {r.precision}: {r.refused}")
+        if variant.kept:
+            notes.append(
+                f"{r.runtime} {r.precision} keeps {len(variant.kept)} layers in float32: "
+                f"{', '.join(variant.kept)}"
+            )
+    first = rows[0][1]
+    table.caption = (
+        f"{first.normal_images} normal and {first.test_images} labelled images; changes in points; "
+        "ms per image on the exporting machine; refused ones in brackets"
+    )
+    return [table, *notes]
+
+
 def calibration_table(fitted: Calibration) -> Table:
     """One line per threshold."""
     title = f"at most {fitted.false_alarm_rate:.2%} of normal images above the threshold"
@@ -145,7 +195,10 @@ def manifest_tables(manifest: Manifest, path: Path) -> list[Any]:
         facts.add_row(key, escape(value))
     parts: list[Any] = [facts]
     for variant in manifest.variants:
-        parts.append(parity_table(list(variant.parity), f"{variant.member} ({variant.precision})"))
+        if variant.parity:
+            title = f"{variant.member} ({variant.precision})"
+            parts.append(parity_table(list(variant.parity), title))
+    parts += precision_parts(manifest.variants)
     if manifest.calibration:
         parts.append(calibration_table(manifest.calibration))
     return parts
@@ -153,8 +206,10 @@ def manifest_tables(manifest: Manifest, path: Path) -> list[Any]:
 
 def diagnosis_tables(found: Diagnosis) -> list[Any]:
     """What this machine can run."""
-    table = Table("runtime", "precision", "usable", title=f"fastad {found.fastad}, {found.machine}")
+    title = f"fastad {found.fastad}, {found.machine}"
+    table = Table("device", "runtime", "precision", "usable", title=title)
     for row in found.runtimes:
-        table.add_row(row.runtime, row.precision, escape(row.reason or "yes"))
+        table.add_row(row.device, row.runtime, row.precision, escape(row.reason or "yes"))
     packages = ", ".join(f"{k} {v or 'absent'}" for k, v in found.packages.items())
-    return [table, f"{found.cores} cores; {packages}"]
+    note = "the GPU runtimes are not yet run on hardware"
+    return [table, f"{found.cores} cores; {packages}", note]

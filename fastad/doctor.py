@@ -8,19 +8,24 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastad import _native
+from fastad.engine import opening
 from fastad.engine.base import core_count
 from fastad.engine.select import PRECISIONS, RUNTIMES, why_unsupported
 
-PACKAGES = ("openvino", "onnxruntime", "numpy", "pillow", "torch", "timm", "lightning", "onnx")
+PACKAGES = (
+    *("openvino", "onnxruntime", "onnxruntime-gpu", "tensorrt", "cuda-core", "triton"),
+    *("numpy", "pillow", "torch", "timm", "lightning", "onnx"),
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One runtime and precision: usable, or the reason why not."""
+    """One runtime and precision on a device: usable, or the reason why not."""
 
     runtime: str
     precision: str
     reason: str | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,17 @@ def diagnose() -> Diagnosis:
         cores=core_count(),
         native_threads=_native.threads(),
         packages={name: _version(name) for name in PACKAGES},
-        runtimes=tuple(
-            Finding(runtime, precision, why_unsupported(runtime, precision))
-            for runtime in RUNTIMES
-            for precision in PRECISIONS
+        runtimes=(
+            *(
+                Finding(runtime, precision, why_unsupported(runtime, precision))
+                for runtime in RUNTIMES
+                for precision in PRECISIONS
+            ),
+            *(
+                Finding(gpu, precision, opening.why_unsupported(gpu, precision), "cuda")
+                for gpu in opening.GPU_RUNTIMES
+                for precision in PRECISIONS
+            ),
         ),
     )
 

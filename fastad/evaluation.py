@@ -67,9 +67,13 @@ class Evaluation:
         return asdict(self)
 
 
+_CHECKPOINT = (("auto", "pytorch"), ("auto", "fp32"), ("auto", "cpu"))  # what serves a run folder
+
+
 def open_model(
     path: str | PathLike[str],
     *,
+    device: str = "auto",
     runtime: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
@@ -82,15 +86,16 @@ def open_model(
     """
     path = Path(path)
     if not path.is_dir():
-        return load(path, runtime=runtime, precision=precision, threads=threads)
+        return load(path, device=device, runtime=runtime, precision=precision, threads=threads)
     # Imported here: looking at an engine must not load a training framework.
     from fastad.engine.pytorch import PyTorchRuntime
     from fastad.training.checkpoint import load_checkpoint
 
-    if runtime not in ("auto", "pytorch") or precision not in ("auto", "fp32"):
+    asked = (runtime, precision, device)
+    if any(a not in known for a, known in zip(asked, _CHECKPOINT, strict=True)):
         raise InputError(
-            f"{path}: a checkpoint runs on pytorch in fp32 only, got {runtime} {precision}; export "
-            "it for other runtimes"
+            f"{path}: a checkpoint runs on pytorch in fp32 on the CPU only, got {' '.join(asked)}; "
+            "export it for other runtimes"
         )
     if threads is not None:
         raise InputError(f"{path}: threads can be chosen for engine files only; export it first")
@@ -119,6 +124,7 @@ def evaluate(
     categories: Sequence[str] | None = None,
     resolution: Literal["model", "original"] = "model",
     mask_folder: str = "ground_truth",
+    device: str = "auto",
     runtime: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
@@ -134,6 +140,7 @@ def evaluate(
         resolution: ``model`` compares maps and masks at model size, as the papers do;
             ``original`` at image size. Memory is bounded either way: one image at a time.
         mask_folder: Name of the folder with masks inside each category.
+        device: As in `fastad.load`.
         runtime: As in `fastad.load`.
         precision: As in `fastad.load`.
         threads: As in `fastad.load`.
@@ -152,7 +159,8 @@ def evaluate(
     unreadable: list[str] = []
     rows: list[Scores] = []
     spent: list[float] = []
-    with open_model(model, runtime=runtime, precision=precision, threads=threads) as predictor:
+    chosen = {"device": device, "runtime": runtime, "precision": precision}
+    with open_model(model, **chosen, threads=threads) as predictor:
         predictor.warmup()
         done = 0
         for category in folder.categories:
@@ -300,7 +308,7 @@ def calibrate_model(
             np.zeros(len(samples)), [s.category for s in samples], (0, 1), false_alarm_rate
         )
     scores, medians, peaks = [], [], []
-    with open_model(path) as predictor:
+    with open_model(path, precision="fp32") as predictor:  # the gate compares with these
         known = predictor.manifest.spec.categories
         for prediction in predictor.iterate([s.path for s in samples]):
             scores.append(prediction.raw_score)

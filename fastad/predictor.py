@@ -15,7 +15,7 @@ import numpy as np
 from fastad import calibration
 from fastad.engine.base import Runtime
 from fastad.engine.container import read_engine
-from fastad.engine.select import open_runtime
+from fastad.engine.opening import open_engine
 from fastad.errors import EngineError, FastadError, InputError
 from fastad.prediction import Prediction
 from fastad.preprocess import Color, Frame, Source, ValueRange, collect, to_batch
@@ -38,20 +38,23 @@ def load(
 
     Args:
         path: A ``.engine`` file; its hashes are checked before anything in it is used.
-        device: ``auto`` or ``cpu``.
-        runtime: ``auto``, ``openvino`` or ``onnxruntime``.
-        precision: ``auto`` (fp32), ``fp32`` or ``bf16`` (no accuracy gate: compare first).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (not yet run on hardware).
+        runtime: ``auto``, ``openvino``, ``onnxruntime``, ``tensorrt`` or ``pytorch``; ``auto``
+            takes a GPU where one can serve this engine.
+        precision: ``auto`` takes the fastest of those that passed the accuracy gate at export, or
+            ``fp32`` where there was none; logger ``fastad`` says which and why. By name: ``fp32``,
+            ``bf16``, ``int8`` or ``fp16``, if the engine holds it.
         threads: Cores to use; None takes all.
 
     Raises:
-        EngineError: the file is missing, damaged, or of a newer format.
+        EngineError: the file is missing, damaged, or of a newer format, or its accuracy gate
+            refused the precision.
         InputError: a name that does not exist.
         UnsupportedError: this machine cannot serve the request; the message says why.
     """
     with read_engine(path) as engine:
-        manifest = engine.manifest
-        graph = engine.member(manifest.variants[0].member)
-    return Predictor(manifest, open_runtime(graph, runtime, precision, device, threads))
+        opened = open_engine(engine, runtime, precision, device, threads)
+        return Predictor(engine.manifest, opened)
 
 
 class Predictor:

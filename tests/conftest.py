@@ -15,6 +15,14 @@ from textures import CONFIG, FALSE_ALARM_RATE, Outcome, Textures, make_textures
 from fastad.predictor import Predictor, load
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled models go to a folder of this session, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def textures(tmp_path_factory: pytest.TempPathFactory) -> Textures:
     return make_textures(tmp_path_factory.mktemp("textures"))

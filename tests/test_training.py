@@ -176,20 +176,78 @@ def test_learning_rate_falls_after_the_extra_epoch(run: Path) -> None:
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4])
 
 
+def rates_of(run: Path) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row["lr"]) for row in csv.DictReader(file)]
+
+
+COSINE: dict[str, object] = {"schedule": "cosine", "warmup": 0.25, "step_epochs": None}
+
+
+def test_cosine_rises_and_falls_to_zero_step_by_step() -> None:
+    settings = recipe(**COSINE).train  # 4 epochs of 3 steps, 3 of these 12 warm up
+    rates = [settings.rate(step, 3) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[7] == pytest.approx(0.5)
+    assert rates[11] == 0.0
+
+
+def test_step_schedule_warms_up_by_steps() -> None:
+    settings = recipe(warmup=0.25).train
+    assert [settings.rate(step, 3) for step in range(12)] == pytest.approx(
+        [0.25, 0.5, 0.75, *[1.0] * 6, *[0.1] * 3]
+    )
+
+
+def test_training_follows_the_cosine(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", recipe(**COSINE), weights="random")
+    settings = recipe(**COSINE).train
+    expected = [1e-3 * settings.rate(3 * epoch, 3) for epoch in range(4)]
+    assert rates_of(tmp_path / "run") == pytest.approx(expected)
+
+
+def test_resume_continues_the_cosine(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "SAVE_EVERY_S", 0.0)
+    train(data, tmp_path / "whole", recipe(**COSINE), weights="random")
+    stopped_run(data, tmp_path / "run", recipe(**COSINE), epochs=2)
+    train(data, tmp_path / "run", weights="random", resume=True)
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "run")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+    assert rates_of(tmp_path / "run") == rates_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [COSINE, {"warmup": 0.5}], ids=["cosine", "warmup"])
+def test_resume_refuses_other_epochs_where_rates_follow_from_them(
+    data: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    stopped_run(data, tmp_path / "run", recipe(**changes))
+    with pytest.raises(InputError, match=r"was started with train\.epochs=4"):
+        train(data, tmp_path / "run", recipe(**changes, epochs=6), weights="random", resume=True)
+
+
+def test_refuses_steps_with_the_cosine() -> None:
+    with pytest.raises(InputError, match=r"train\.step_epochs: expected none with schedule cosine"):
+        load_recipe("grad.paper", ["train.schedule=cosine", "train.step_epochs=2"])
+
+
 def test_refuses_a_used_folder(data: Path, run: Path) -> None:
     with pytest.raises(InputError, match="expected a new or empty folder"):
         train(data, run, recipe(), weights="random")
 
 
-def stopped_run(data: Path, run: Path) -> None:
-    """A run that was killed after its first epoch."""
+def stopped_run(data: Path, run: Path, settings: Recipe | None = None, epochs: int = 1) -> None:
+    """A run that was killed after so many epochs."""
 
     def stop(stage: str, done: int, total: int, remark: str = "") -> None:
-        if stage == "train":
+        if stage == "train" and done == epochs:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        train(data, run, recipe(), weights="random", report=stop)
+        train(data, run, settings or recipe(), weights="random", report=stop)
 
 
 def test_resume_takes_the_runs_own_recipe(data: Path, tmp_path: Path) -> None:

@@ -357,3 +357,13 @@ def test_paper_recipe_builds_the_published_network() -> None:
     model = build(recipe.method, recipe.config, weights="random")
     groups = model.parameter_groups(recipe.train.lr, **recipe.train.groups)
     assert sum(p.numel() for group in groups for p in group["params"]) == 7_717_392
+
+
+def test_cifar_recipe_builds_the_published_network() -> None:
+    recipe = load_recipe("uniad.cifar")
+    assert (recipe.train.epochs, recipe.train.batch, recipe.train.seed) == (1000, 16, 131)
+    model = build(recipe.method, recipe.config, weights="random")
+    assert (model.C, model.config.image_score) == (720, "mean")
+    assert model.backbone.channels == (24, 32, 56, 160, 448)
+    groups = model.parameter_groups(recipe.train.lr, **recipe.train.groups)
+    assert sum(p.numel() for group in groups for p in group["params"]) == 7_947_216

@@ -26,7 +26,7 @@ class ONNXRuntime:
 
     Args:
         graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``.
-        precision: ``fp32``.
+        precision: ``fp32``; int8 and float16 are written into the graph.
         threads: Cores to use; None takes all that the process may use.
 
     Raises:

@@ -10,18 +10,25 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from fastad.engine import openvino_cache
 from fastad.engine.base import Outputs, Precision, core_count
+from fastad.engine.openvino_ops import read_model
 from fastad.errors import EngineError, UnsupportedError
 
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+# int8 and fp16 are written into the graph; what they leave over runs in float32.
+_HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "fp16": "f32"}
+_NEEDS = {
+    "bf16": ("BF16", "BF16 instructions (AVX512-BF16 or AMX)"),
+    "int8": ("INT8", "INT8 instructions (AVX512-VNNI, AVX-VNNI or AMX)"),
+}
 
 
 def why_unsupported(precision: Precision) -> str | None:
     """Why this machine cannot run ``precision`` here, or None if it can."""
-    if precision == "bf16":
-        able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if "BF16" not in able:
-            return "openvino bf16: this CPU has no BF16 instructions (AVX512-BF16 or AMX)"
+    if precision in _NEEDS:
+        capability, named = _NEEDS[precision]
+        if capability not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return f"openvino {precision}: this CPU has no {named}"
     return None
 
 
@@ -32,9 +39,12 @@ class OpenVINORuntime:
     OpenVINO would choose bfloat16 by itself where the CPU has it.
 
     Args:
-        graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``.
-        precision: ``fp32`` or ``bf16``.
+        graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``; nodes of
+            fastad are translated (`openvino_ops`), functions in the file are not needed.
+        precision: ``fp32`` or ``bf16``; ``int8`` and ``fp16`` for graphs that hold them.
         threads: Cores to use; None takes all that the process may use.
+        weights: The ``.bin`` of an IR; ``graph`` is then its XML.
+        cache: Keep the compiled model on disk and start from it next time (`openvino_cache`).
 
     Raises:
         UnsupportedError: this CPU cannot run the precision.
@@ -43,7 +53,15 @@ class OpenVINORuntime:
 
     name = "openvino"
 
-    def __init__(self, graph: bytes, precision: Precision, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        precision: Precision,
+        threads: int | None = None,
+        *,
+        weights: bytes = b"",
+        cache: bool = True,
+    ) -> None:
         reason = why_unsupported(precision)
         if reason:
             raise UnsupportedError(f"{reason}; use precision='fp32'")
@@ -54,8 +72,7 @@ class OpenVINORuntime:
             "INFERENCE_NUM_THREADS": threads or core_count(),
         }
         try:
-            core = ov.Core()
-            model = core.compile_model(core.read_model(graph), "CPU", config)
+            model = _compiled(graph, weights, config, cache)
         except RuntimeError as error:
             raise EngineError(f"openvino: refuses the graph: {_last_line(error)}") from error
         self._model: ov.CompiledModel | None = model
@@ -86,6 +103,19 @@ class OpenVINORuntime:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._requests.get_nowait()
+
+
+def _compiled(
+    graph: bytes, weights: bytes, config: dict[str, Any], cache: bool
+) -> ov.CompiledModel:
+    core = ov.Core()
+    path = openvino_cache.blob_path(core, graph + weights, config) if cache else None
+    model = openvino_cache.load(core, path, config) if path else None
+    if model is None:
+        model = core.compile_model(read_model(core, graph, weights), "CPU", config)
+        if path:
+            openvino_cache.store(path, model)
+    return model
 
 
 def _last_line(error: Exception) -> str:

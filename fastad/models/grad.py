@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fastad.errors import InputError
 from fastad.models.backbone import RGB, Backbone, BackboneConfig
-from fastad.models.registry import Features, Method, register
+from fastad.models.registry import Features, Method, register, widened
 from fastad.ops.anomaly_map import bilinear_matrix, mean_pool_matrix
 from fastad.ops.grid_interpolate import grid_interpolate
 from fastad.spec import InputSpec
@@ -142,6 +142,8 @@ class Grad(Method):
         "21 x 21 mean"
     )
     score_rule = "maximum of the 32 x 32 mean of the anomaly map"
+    # 8 bits of bfloat16 would place a coordinate to 1/32 of a node.
+    float32_parts = ("local_coord", "global_coord")
 
     def __init__(self, config: GradConfig, weights: str = "imagenet") -> None:
         super().__init__()
@@ -229,7 +231,8 @@ class Grad(Method):
         scale = self.config.feature_scale
         if scale == "auto":
             raise InputError("feature_scale: 'auto' is not fixed yet; call adapt() with features")
-        return features[0] if scale == 1.0 else features[0] * scale
+        x = widened(features[0])
+        return x if scale == 1.0 else x * scale
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Normal features f [B, C, H, W] for scaled features x [B, C, H, W]."""
@@ -241,8 +244,7 @@ class Grad(Method):
         f_global = grid_interpolate(self.global_table, v_global).reshape(-1, self.C, H, W)
         f_local = grid_interpolate(self.local_table, v_local).permute(0, 3, 1, 2)
         h = torch.cat([f_global, f_local], dim=1)
-        f: Tensor = self.recover(self.fusion(h))
-        return f
+        return widened(self.recover(self.fusion(h)))
 
     def similarity(self, f: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Similarity S and the summed squared difference, both [B, H, W].

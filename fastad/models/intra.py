@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from fastad.errors import InputError
 from fastad.models.intra_losses import GradientMap, PatchLoss
-from fastad.models.registry import Features, Method, register
+from fastad.models.registry import Features, Method, register, widened
 from fastad.spec import InputSpec
 
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
@@ -125,8 +125,9 @@ class FeatureAttention(nn.Module):
         """Attend within each window: q, k [W, N, D/2] and v [W, N, D] to [W, N, D]."""
         W, N = q.shape[:2]
         q, k, v = (x.reshape(W, N, self.heads, -1).transpose(1, 2) for x in (q, k, v))
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [W, heads, N, N]
-        mixed = logits.softmax(-1) @ v
+        # [W, heads, N, N]
+        logits = (widened(q) * q.shape[-1] ** -0.5) @ widened(k).transpose(-2, -1)
+        mixed = logits.softmax(-1).to(v.dtype) @ v
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -230,6 +231,8 @@ class Intra(Method):
         "several scales, minus its mean over training images, squared"
     )
     score_rule = "maximum of the anomaly map"
+    # Painted values meet the image's own gradients, of which half precision leaves 8 or 11 bits.
+    float32_parts = ("head",)
 
     config: IntraConfig
     offset: Tensor

@@ -12,12 +12,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
 from fastad.errors import InputError
 from fastad.spec import InputSpec, ModelSpec
 
 Features = tuple[Tensor, ...]  # what a frozen backbone hands to the trained part, one per level
+
+
+def widened(t: Tensor) -> Tensor:
+    """``t`` in float32, or in float64 if it is: distances and softmax run so in every precision."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class Method(nn.Module, ABC):
@@ -32,6 +38,8 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[Any]]
     map_rule: ClassVar[str]  # how the map is made, for people
     score_rule: ClassVar[str]  # how the raw score is made, for people
+    # Submodules that stay in float32 where the products of all others run in half precision.
+    float32_parts: ClassVar[tuple[str, ...]] = ()
 
     config: Any
     input: InputSpec

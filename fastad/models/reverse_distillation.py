@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastad.errors import InputError
 from fastad.models.backbone import RGB, Backbone, BackboneConfig
-from fastad.models.registry import Features, Method, register
+from fastad.models.registry import Features, Method, register, widened
 from fastad.ops.anomaly_map import bilinear_matrix, gaussian_matrix
 from fastad.spec import InputSpec
 
@@ -255,7 +255,7 @@ class ReverseDistillation(Method):
 
 def _cosine_distance(f: Tensor, g: Tensor) -> Tensor:
     """1 - cosine along the second axis, in float32: near 1 a cosine has few digits left."""
-    f, g = f.float(), g.float()
+    f, g = widened(f), widened(g)
     # Clamped before the root, whose gradient at 0 would be NaN: rectified vectors can be all 0.
     norm_f = f.square().sum(1).clamp_min(EPS**2).sqrt()
     norm_g = g.square().sum(1).clamp_min(EPS**2).sqrt()

@@ -12,11 +12,14 @@ Differences from the authors' code:
 4. Height and width may differ, in the image as in the window; an even window, which the authors
    silently treat as the next odd one, is refused, and so is one that blinds a token.
 5. Training keeps the last epoch; the authors also keep the best one on the test set.
+6. ``start="local"``, an option: on 96 DeepPCB tiles a layer each with it reaches 0.79 / 0.96 after
+   900 steps, where the published start stays below 0.69 / 0.92 (image / pixel AUROC).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,11 +30,13 @@ from torch import Tensor, nn
 
 from fastad.errors import InputError
 from fastad.models.backbone import RGB, Backbone, BackboneConfig
-from fastad.models.registry import Features, Method, register
+from fastad.models.registry import Features, Method, register, widened
 from fastad.ops.anomaly_map import bilinear_matrix, mean_pool_matrix
 from fastad.ops.neighbor_attention import neighbor_attention, neighbor_mask
 from fastad.spec import InputSpec
 
+# Of the local start: among 14 x 14 tokens a fifth of the weight on the own, 4 % next to it.
+WAVE_HEIGHT = 2.0
 POOL_PX = 16  # mean whose maximum is the image score
 PUBLISHED_BACKBONE = BackboneConfig(
     "tf_efficientnet_b4.aa_in1k", (0, 1, 2, 3), same_padding_size=380
@@ -46,7 +51,9 @@ class UniadConfig:
     of the hidden neighbourhood in tokens, odd, or 0 for none. ``mean`` and ``std`` default to the
     backbone's own. ``masked`` switches the window on for the encoder, the decoder's attention to
     the encoder, and its attention to the layer before. ``image_score`` is ``"max"`` (of the
-    16 x 16 mean of the map, MVTec-AD) or ``"mean"`` (of the whole map, CIFAR-10).
+    16 x 16 mean of the map, MVTec-AD) or ``"mean"`` (of the whole map, CIFAR-10). ``start`` is
+    where training begins: ``"published"``, or ``"local"``, ours, which needs a hundredth of the
+    steps (`Uniad.adapt`); the network itself is the same.
     """
 
     backbone: BackboneConfig = PUBLISHED_BACKBONE
@@ -65,6 +72,7 @@ class UniadConfig:
     jitter_scale: float = 20.0
     jitter_probability: float = 1.0
     image_score: Literal["max", "mean"] = "max"
+    start: Literal["published", "local"] = "published"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,6 +97,8 @@ class Attention(nn.Module):
         ``position`` [N, C] is added to queries and keys, never to values.
         """
         W, bias, C = self.qkv.weight, self.qkv.bias, memory.shape[-1]
+        # Weights may be in half precision where the tokens between them are in float32.
+        query, memory, position = (t.to(W.dtype) for t in (query, memory, position))
         # (h + P) W + b = h W + (P W + b), and the bracket does not depend on the image.
         q, q_position = F.linear(query, W[:C]), F.linear(position, W[:C], bias[:C])
         k = F.linear(memory, W[C : 2 * C])
@@ -239,6 +249,43 @@ class Uniad(Method):
                     if name == "queries" or "qkv" in name:
                         value.data.copy_(first[name])
 
+        if self.config.start == "local":
+            self._start_local()
+
+    def _start_local(self) -> None:
+        """Positions as waves, queries as keys: attention begins at a token's surroundings.
+
+        With the published start it begins almost uniform, and most of a short training goes into
+        finding out where things are. A product of two wave vectors falls with their distance.
+        """
+        for table in (self.column_table, self.row_table):
+            n, C = table.shape
+            at = torch.arange(n, dtype=torch.float32)[:, None]
+            longest = math.log(math.pi / (1.5 * n))
+            rate = torch.linspace(math.log(math.pi), longest, C // 2).exp()
+            wave = torch.cat([(at * rate).sin(), (at * rate).cos()], dim=1)
+            table.data.zero_()[:, : wave.shape[1]] = WAVE_HEIGHT * wave
+        C = self.project_in.out_features
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.qkv.weight.data[C : 2 * C] = module.qkv.weight.data[:C]
+
+    def adapt(self, features: Features) -> None:
+        """With ``start="local"``: begin at the mean and spread of training features [B, C, H, W].
+
+        Both projections absorb them, so that the network starts with standardised channels, and
+        its output with their mean. Nothing for the published start.
+        """
+        if self.config.start != "local":
+            return
+        mean = features[0].mean((0, 2, 3))
+        std = features[0].std((0, 2, 3)).clamp_min(1e-4)  # a channel may be dead
+        into, out = self.project_in, self.project_out
+        into.weight.data /= std
+        into.bias.data = -(into.weight.data @ mean)
+        out.weight.data *= std[:, None]
+        out.bias.data = mean
+
     def features(self, image: Tensor) -> Features:
         """One level [B, C, H, W]: all taps resized to the token grid, concatenated."""
         with torch.no_grad():
@@ -286,7 +333,7 @@ class Uniad(Method):
     def distance(self, features: Features) -> Tensor:
         """L2 distance between reconstruction and features on the token grid, float32 [B, H, W]."""
         x = _tokens(features)
-        difference = self.reconstruct(x).float() - x.float()
+        difference = widened(self.reconstruct(x)) - widened(x)
         return difference.square().sum(-1).sqrt().reshape(-1, *self.grid)
 
     def score(self, features: Features) -> tuple[Tensor, Tensor]:

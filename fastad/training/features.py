@@ -6,6 +6,9 @@ cache holds its output in memory, or in a memory-mapped file where memory is sho
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from fastad.atomic import unwritable
 from fastad.models.registry import Features, Method
 from fastad.training.folder import Sample, load_images
+from fastad.training.processes import Processes
 
 CACHE_BATCH = 16  # images per backbone call while filling the cache
 MEMORY_SHARE = 0.4  # of the memory that is free; beyond it the cache goes to a file
@@ -102,55 +106,75 @@ def cache_features(
     where: Literal["auto", "memory", "file"],
     folder: Path,
     progress: Progress | None = None,
+    group: Processes | None = None,
 ) -> FeatureData:
-    """Run the frozen part of ``method`` over all samples once.
+    """Run the frozen part of ``method`` over all samples once, on the GPU if there is one.
+
+    Several processes share one memory-mapped file, wherever one would keep the features: each
+    computes its part of the images, and the system's page cache holds them once for all.
 
     Args:
         samples: Normal training images.
-        method: Its ``features`` must be frozen and free of randomness.
+        method: Its ``features`` must be frozen and free of randomness; it ends on the CPU.
         where: ``auto`` keeps features in memory while they fit `MEMORY_SHARE` of what is free.
         folder: Gets the memory-mapped file, which `FeatureData.close` deletes.
         progress: Called with (images done, images in all).
+        group: The processes that call this together; this one alone if not given.
 
     Raises:
         InputError: an image cannot be read.
         EngineError: the disk has no room for the file.
     """
-    method.eval()
+    group = group or Processes()
+    method.eval().to(group.device)
     data = ImageData(samples, method)
     N = len(samples)
-    levels: list[Tensor] = []
+
+    def block(start: int) -> Features:
+        images = data.__getitems__(list(range(start, min(start + CACHE_BATCH, N))))
+        return method.features(images.to(group.device))
+
     file: Path | None = None
     try:
-        for start in range(0, N, CACHE_BATCH):
-            indices = list(range(start, min(start + CACHE_BATCH, N)))
-            features = method.features(data.__getitems__(indices))
-            if not levels:
-                levels, file = _allocate(N, features, where, folder)
-            for level, feature in zip(levels, features, strict=True):
-                level[start : start + len(indices)] = feature
+        plan = json.loads(group.first(lambda: _plan(N, block(0), where, folder, group.size)))
+        if group.rank == 0 and plan["file"]:  # whoever made it deletes it
+            file = Path(plan["file"])
+        levels = _mapped(plan["shapes"], plan["file"])
+        # The same blocks whoever computes them: their size decides how a backbone rounds.
+        for start in range(group.rank * CACHE_BATCH, N, CACHE_BATCH * group.size):
+            for level, feature in zip(levels, block(start), strict=True):
+                level[start : start + len(feature)] = feature.cpu()
             if progress:
-                progress(indices[-1] + 1, N)
+                progress(min(start + CACHE_BATCH * group.size, N), N)
+        group.sum(torch.zeros(1))  # all parts are there
     except BaseException:
         if file is not None:
             file.unlink(missing_ok=True)
         raise
-    return FeatureData(tuple(levels), file)
+    finally:
+        method.cpu()
+    return FeatureData(levels, file)
 
 
-def _allocate(N: int, like: Features, where: str, folder: Path) -> tuple[list[Tensor], Path | None]:
+def _plan(N: int, like: Features, where: str, folder: Path, processes: int) -> str:
+    """Shapes of all levels and the file reserved for them, "" for memory; JSON."""
     shapes = [(N, *feature.shape[1:]) for feature in like]
-    values = sum(int(np.prod(shape)) for shape in shapes)
-    if where == "memory" or (where == "auto" and values * 4 < MEMORY_SHARE * free_memory_bytes()):
-        return [torch.empty(shape) for shape in shapes], None
-    file = _reserve(folder, values * 4)
-    flat = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(values,)))
-    levels, at = [], 0
-    for shape in shapes:
-        count = int(np.prod(shape))
-        levels.append(flat[at : at + count].view(shape))
-        at += count
-    return levels, file
+    size_bytes = 4 * sum(math.prod(shape) for shape in shapes)
+    fits = where == "memory" or (
+        where == "auto" and size_bytes < MEMORY_SHARE * free_memory_bytes()
+    )
+    file = "" if fits and processes == 1 else str(_reserve(folder, size_bytes).resolve())
+    return json.dumps({"shapes": shapes, "file": file})
+
+
+def _mapped(shapes: list[list[int]], file: str) -> Features:
+    """Tensors of these shapes one behind the other in ``file``, or in memory without one."""
+    counts = [math.prod(shape) for shape in shapes]
+    if not file:
+        return tuple(torch.empty(shape) for shape in shapes)
+    flat = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(sum(counts),)))
+    parts = torch.split(flat, counts)
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _reserve(folder: Path, size_bytes: int) -> Path:
@@ -191,6 +215,38 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         for _ in range(self.visits):
             yield from torch.randperm(self.n, generator=generator).tolist()
+
+
+class BatchParts(Sampler[list[int]]):
+    """This process's part of each batch, where ``batch`` counts the images of all processes.
+
+    The batches are the same for every number of processes. A last batch that is not divisible
+    leaves parts of different size, and one smaller than ``size`` leaves some without an image:
+    they repeat one, with weight 0.
+
+    Args:
+        sampler: The order of the images; each process iterates over all of it.
+        batch: Images per optimiser step, a multiple of ``size``.
+        rank: Which part.
+        size: How many parts.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch: int, rank: int = 0, size: int = 1) -> None:
+        self.sampler = sampler  # Lightning looks for `set_epoch` here
+        self.batch, self.rank, self.size = batch, rank, size
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = iter(self.sampler)
+        while whole := list(itertools.islice(order, self.batch)):
+            yield whole[self.rank :: self.size] or whole[:1]
+
+    def weight(self, step: int) -> float:
+        """What this part's mean loss counts, so that the mean over processes is the batch's."""
+        images = min(self.batch, len(self.sampler) - step * self.batch)
+        return len(range(self.rank, images, self.size)) * self.size / images
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

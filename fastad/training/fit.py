@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch.utils.data import Dataset
 
 from fastad.errors import InputError
@@ -21,15 +25,23 @@ from fastad.training.checkpoint import (
     Checkpoint,
     Record,
     load_checkpoint,
-    load_tensors,
     save_checkpoint,
     write_bytes,
 )
 from fastad.training.features import FeatureData, ImageData, cache_features
 from fastad.training.folder import ImageFolder, Sample, scan, split_holdout
 from fastad.training.loop import RESUME, run_epochs
+from fastad.training.processes import Processes, following, processes
 from fastad.training.progress import Report
-from fastad.training.recipe import Recipe, TrainSettings, dump_recipe, load_recipe, settings_of
+from fastad.training.recipe import (
+    Recipe,
+    TrainSettings,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    settings_of,
+)
+from fastad.training.run_folder import check_identity, check_run, identity_of
 from fastad.training.validation import Validation
 
 DEFAULT_RECIPE = "grad.paper"
@@ -47,6 +59,7 @@ def train(
     value_range: tuple[float, float] | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    devices: int = 1,
     report: Report | None = None,
 ) -> Checkpoint:
     """Train on the normal images below ``data``; all categories share one model.
@@ -64,69 +77,121 @@ def train(
             the engine will expect the same.
         overrides: ``key=value`` changes to the recipe, such as ``train.epochs=5``.
         resume: Go on after a kill from the state in ``run``; all but ``train.epochs`` must be the
-            same.
-        report: Receives progress; None is silent.
+            same, and that too where the learning rates follow from it (cosine, warm-up).
+        devices: Processes that train together, one GPU each, or sharing the CPU's cores. Each
+            computes its part of the recipe's batch; gradients, batch statistics, loss and files are
+            those of one process up to rounding, random numbers (dropout, jitter, windows) are
+            others. This process is one of them and starts the rest; they know the methods of this
+            package only. A script under torchrun leaves this at 1: its processes find each other.
+        report: Receives progress; None is silent. Of several processes the first one reports.
 
     Returns:
         The checkpoint, in eval mode, as `load_checkpoint` would read it.
 
     Raises:
-        InputError: unusable data, recipe, weights, or a run folder that is already in use.
-        EngineError: the run folder cannot be written, or its resume state is damaged.
+        InputError: unusable data, recipe, weights, devices, or a run folder already in use.
+        UnsupportedError: torchrun on several machines.
+        EngineError: the run folder cannot be written, its resume state is damaged, or one of
+            several processes died.
     """
-    run = Path(run)
     if weights == "none":  # for rebuilding from a checkpoint only
         raise InputError("weights: expected imagenet, a file, or random, got 'none'")
-    _check_run(run, resume)
-    recipe = _recipe(recipe, overrides, run, resume)
-    settings = recipe.train
+    request: dict[str, Any] = {
+        "data": str(data),
+        "run": str(run),
+        "weights": weights,
+        "categories": None if categories is None else list(categories),
+        "value_range": value_range,
+        "resume": resume,
+    }
+    with processes(devices, request) as group:
+        text = group.first(
+            lambda: _checked_recipe(recipe, overrides, Path(run), resume, group.size)
+        )
+        return _train(group, parse_recipe(text), report if group.rank == 0 else None, **request)
+
+
+def follow() -> None:
+    """Train as one of the processes that `train` starts; arguments: port, rank, size, request."""
+    port, rank, size, request = sys.argv[1:]
+    logging.disable(logging.WARNING)  # the first process says it already
+    warnings.simplefilter("ignore")
+    with following(int(port), int(rank), int(size)) as group:
+        _train(group, parse_recipe(group.first(str)), None, **json.loads(request))
+
+
+def _train(
+    group: Processes,
+    recipe: Recipe,
+    report: Report | None,
+    *,
+    data: str,
+    run: str,
+    weights: str,
+    categories: Sequence[str] | None,
+    value_range: Sequence[float] | None,
+    resume: bool,
+) -> Checkpoint:
+    """Train as one of ``group``; its first process alone writes and reports."""
+    out, settings = Path(run), recipe.train
     folder = scan(data, categories)
     fit, holdout = _split(folder, settings)
-    method = _build(recipe, weights, settings.seed)
-    method.input = replace(method.input, value_range=value_range)
-    identity = _identity(recipe, weights, value_range, _relative(fit, folder.root))
+    method = _build(recipe, weights, group)
+    black_white = None if value_range is None else (value_range[0], value_range[1])
+    method.input = replace(method.input, value_range=black_white)
+    identity = identity_of(recipe, weights, black_white, _relative(fit, folder.root))
     if resume:
-        _check_identity(run, identity)
+        group.first(lambda: check_identity(out, identity))
     fit, kept = _split_validation(fit, settings)
-    source = _training_data(method, fit, settings, run, report)
-    validation = Validation(ImageData(kept, method), settings.batch, settings.patience)
+    group.join()
+    source = _training_data(method, fit, settings, out, report, group)
+    validation = Validation(ImageData(kept, method), settings.batch, settings.patience, group)
     try:
-        write_bytes(run / "recipe.yaml", dump_recipe(recipe).encode())
-        rows = run_epochs(method, source, validation, settings, run, identity, resume, report)
+        if group.rank == 0:
+            write_bytes(out / "recipe.yaml", dump_recipe(recipe).encode())
+        rows = run_epochs(
+            method, source, validation, settings, out, identity, resume, report, group
+        )
     finally:
         if isinstance(source, FeatureData):
             source.close()
     validation.restore(method)
-    method.eval()
-    with torch.no_grad():
-        method.finish(ImageData(fit, method).batches(settings.batch))
-    record = Record(
-        spec=replace(method.spec, categories=folder.categories),
-        data_root=str(folder.root.resolve()),
-        fit=_relative(fit, folder.root),
-        holdout=_relative(holdout, folder.root),
-        recipe=dict(settings_of(recipe)),
-        provenance=_provenance(weights, rows),
-    )
-    path = save_checkpoint(run / "checkpoint", method, record)
-    (run / RESUME).unlink(missing_ok=True)
-    return load_checkpoint(path)
 
-
-def _check_run(run: Path, resume: bool) -> None:
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{run}: expected a folder, it is a file; choose another --out")
-    if resume and not (run / RESUME).is_file():
-        raise InputError(f"{run}: nothing to resume, expected {RESUME} in it")
-    left = [p for p in run.iterdir() if not resume] if run.exists() else []
-    # A run that failed before its first epoch leaves nothing that anybody would miss.
-    if any(p.name != "recipe.yaml" and not p.match("features.*.bin") for p in left):
-        raise InputError(
-            f"{run}: expected a new or empty folder; choose another --out, or --resume a run "
-            "that was killed"
+    def finish() -> str:
+        method.eval().to(group.device)
+        with torch.no_grad():
+            method.finish(ImageData(fit, method).batches(settings.batch))
+        record = Record(
+            spec=replace(method.spec, categories=folder.categories),
+            data_root=str(folder.root.resolve()),
+            fit=_relative(fit, folder.root),
+            holdout=_relative(holdout, folder.root),
+            recipe=dict(settings_of(recipe)),
+            provenance=_provenance(weights, rows),
         )
-    for path in left:
-        path.unlink()
+        path = save_checkpoint(out / "checkpoint", method, record)
+        (out / RESUME).unlink(missing_ok=True)
+        return str(path)
+
+    return load_checkpoint(group.first(finish))
+
+
+def _checked_recipe(
+    recipe: str | Path | Recipe | None,
+    overrides: Sequence[str],
+    run: Path,
+    resume: bool,
+    processes: int,
+) -> str:
+    """YAML of the recipe, once the run folder and the number of processes are known to fit."""
+    check_run(run, resume)
+    chosen = _recipe(recipe, overrides, run, resume)
+    if chosen.train.batch % processes:
+        raise InputError(
+            f"train.batch: expected a multiple of {processes} processes, got {chosen.train.batch}; "
+            "it counts the images of all of them"
+        )
+    return dump_recipe(chosen)
 
 
 def _recipe(
@@ -139,32 +204,6 @@ def _recipe(
     if recipe is None:
         recipe = run / "recipe.yaml" if resume else DEFAULT_RECIPE
     return load_recipe(recipe, overrides)
-
-
-def _identity(
-    recipe: Recipe, weights: str, value_range: tuple[float, float] | None, fit: tuple[str, ...]
-) -> str:
-    settings = dict(settings_of(recipe))
-    del settings["train"]["epochs"]  # the one thing that a resumed run may change
-    known = weights in ("imagenet", "random")
-    facts = {
-        "recipe": settings,
-        "weights": weights if known else Path(weights).name,
-        "value_range": value_range,
-        "images": fit,
-    }
-    return json.dumps(facts, sort_keys=True)
-
-
-def _check_identity(run: Path, identity: str) -> None:
-    _, metadata = load_tensors(run / RESUME)
-    before, now = json.loads(metadata["identity"]), json.loads(identity)
-    for key in now:
-        if before[key] != now[key]:
-            old, new = (str(v)[:200] for v in (before[key], now[key]))
-            raise InputError(
-                f"{run}: was started with other {key}, so it cannot go on: {old} then, {new} now"
-            )
 
 
 def _split(folder: ImageFolder, settings: TrainSettings) -> tuple[list[Sample], list[Sample]]:
@@ -185,22 +224,42 @@ def _split_validation(
     return [*rest, *kept[VALIDATION_MOST:]], list(kept[:VALIDATION_MOST])
 
 
-def _build(recipe: Recipe, weights: str, seed: int) -> Method:
-    torch.manual_seed(seed)
-    return build(recipe.method, recipe.config, weights=weights)
+def _build(recipe: Recipe, weights: str, group: Processes) -> Method:
+    built: list[Method] = []
+
+    def work() -> str:
+        torch.manual_seed(recipe.train.seed)
+        built.append(build(recipe.method, recipe.config, weights=weights))
+        return ""
+
+    group.first(work)  # first alone: it may download
+    if not built:
+        work()
+    return built[0]
 
 
 def _training_data(
-    method: Method, fit: list[Sample], settings: TrainSettings, run: Path, report: Report | None
+    method: Method,
+    fit: list[Sample],
+    settings: TrainSettings,
+    run: Path,
+    report: Report | None,
+    group: Processes,
 ) -> Dataset[Any]:
     images = ImageData(fit, method)
-    sample = list(range(0, len(fit), max(1, len(fit) // ADAPT_IMAGES)))[:ADAPT_IMAGES]
-    with torch.no_grad():
-        method.adapt(method.features(images.__getitems__(sample)))
+    config = TypeAdapter(type(method.config))
+
+    def adapted() -> str:
+        sample = list(range(0, len(fit), max(1, len(fit) // ADAPT_IMAGES)))[:ADAPT_IMAGES]
+        with torch.no_grad():
+            method.adapt(method.features(images.__getitems__(sample)))
+        return config.dump_json(method.config).decode()
+
+    method.config = config.validate_json(group.first(adapted))
     if settings.cache == "none":
         return images
     progress = partial(report, "backbone features") if report else None
-    return cache_features(fit, method, settings.cache, run, progress)
+    return cache_features(fit, method, settings.cache, run, progress, group)
 
 
 def _relative(samples: Sequence[Sample], root: Path) -> tuple[str, ...]:

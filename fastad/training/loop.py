@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,14 @@ from fastad.errors import InputError
 from fastad.models import Method
 from fastad.models.registry import Features
 from fastad.training.checkpoint import load_tensors, save_tensors, write_bytes
-from fastad.training.features import EpochSampler, epoch_seed
+from fastad.training.features import BatchParts, EpochSampler, epoch_seed
+from fastad.training.layers import (
+    LayersInBfloat16,
+    channels_last,
+    share_statistics,
+    weights_channels_last,
+)
+from fastad.training.processes import Processes, trainer_arguments
 from fastad.training.progress import EpochProgress, Report
 from fastad.training.recipe import TrainSettings
 from fastad.training.validation import Validation
@@ -33,11 +41,14 @@ SAVE_EVERY_S = 30.0  # a kill costs at most this much work, and disks stay idle 
 class _Module(pl.LightningModule):
     """Lightning's view of a method: one loss, its optimiser, one seed per epoch."""
 
-    def __init__(self, method: Method, settings: TrainSettings, first_epoch: int) -> None:
+    def __init__(
+        self, method: Method, settings: TrainSettings, first_epoch: int, batches: BatchParts
+    ) -> None:
         super().__init__()
         self.method = method
         self.settings = settings
         self.first_epoch = first_epoch  # of a resumed run; Lightning counts from 0 again
+        self.batches = batches
         self.losses: list[Tensor] = []
 
     @property
@@ -49,33 +60,46 @@ class _Module(pl.LightningModule):
         self.losses.clear()
 
     def training_step(self, batch: Tensor | Features, index: int) -> Tensor:
-        features = self.method.features(batch) if isinstance(batch, Tensor) else batch
-        loss = self.method.loss(features)
+        with self._precision():
+            features = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            if self.settings.channels_last:
+                features = channels_last(features)
+            if isinstance(batch, Tensor):
+                features = self.method.features(features[0])
+            loss = self.method.loss(features) * self.batches.weight(index)
         self.losses.append(loss.detach())
         return loss
+
+    def _precision(self) -> AbstractContextManager[object]:
+        is_bf16 = self.settings.autocast == "bf16"
+        return LayersInBfloat16(self.device) if is_bf16 else nullcontext()
 
     def configure_optimizers(self) -> Any:
         s = self.settings
         groups = self.method.parameter_groups(s.lr, **s.groups)
         kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
         optimizer = kind(groups, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
-        if s.step_epochs is None:
-            return optimizer
-        every, factor, first = s.step_epochs, s.step_factor, self.first_epoch
-        # Stepped with the explicit epoch after each epoch: the first stage is one epoch longer.
+        per_epoch = len(self.batches)
+        first = self.first_epoch * per_epoch
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: factor ** (max(first + epoch - 1, 0) // every)
+            optimizer, lambda step: s.rate(first + step, per_epoch)
         )
-        return [optimizer], [schedule]
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 class _Saver(pl.Callback):
     """Writes the loss table and, now and then, everything a killed run needs to go on."""
 
     def __init__(
-        self, run: Path, rows: list[dict[str, float]], validation: Validation, identity: str
+        self,
+        run: Path,
+        rows: list[dict[str, float]],
+        validation: Validation,
+        identity: str,
+        group: Processes,
     ) -> None:
         self.run, self.rows, self.validation, self.identity = run, rows, validation, identity
+        self.group = group
         self.started = time.monotonic()
         self.saved = float("-inf")  # the first epoch is always kept
         self.lr = 0.0
@@ -86,7 +110,9 @@ class _Saver(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = cast(_Module, pl_module)
-        loss = torch.stack(module.losses).mean().item()
+        whole = self.group.sum(torch.stack(module.losses).cpu()) / self.group.size
+        module.losses = list(whole)  # of all processes: `EpochProgress` reports their mean
+        loss = whole.mean().item()
         if not torch.isfinite(torch.tensor(loss)):
             raise InputError(
                 f"training: the loss became {loss} in epoch {module.epoch}; lower the "
@@ -115,6 +141,7 @@ def run_epochs(
     identity: str,
     resume: bool,
     report: Report | None,
+    group: Processes,
 ) -> list[dict[str, float]]:
     """Train ``method`` in place and return a row per epoch: epoch, loss, lr, seconds.
 
@@ -127,6 +154,7 @@ def run_epochs(
         identity: What a resumed run must agree on, stored with the state.
         resume: Start from the state in ``run``.
         report: Receives progress.
+        group: Connected processes that train together; each one's rows are the same.
 
     Raises:
         InputError: the state is further than the recipe goes, or the loss is not finite.
@@ -141,6 +169,7 @@ def run_epochs(
         first_epoch, state = int(metadata["epoch"]), tensors
         method.load_state_dict(_part(tensors, "model."))
         validation.load_state(tensors, metadata)
+        group.sum(torch.zeros(1))  # all have read it: the first process may soon replace it
     if first_epoch > settings.epochs:
         raise InputError(
             f"{run}: {first_epoch} epochs are done, train.epochs is {settings.epochs}; ask for at "
@@ -148,22 +177,24 @@ def run_epochs(
         )
     if first_epoch == settings.epochs:
         return rows
-    module = _Module(method.train(), settings, first_epoch)
+    order = EpochSampler(len(cast(Any, data)), settings.seed, first_epoch, method.visits_per_epoch)
+    batches = BatchParts(order, settings.batch, group.rank, group.size)
     loader = DataLoader(
         data,
-        batch_size=settings.batch,
-        sampler=EpochSampler(
-            len(cast(Any, data)), settings.seed, first_epoch, method.visits_per_epoch
-        ),
+        batch_sampler=batches,
         collate_fn=lambda batch: batch,  # __getitems__ has stacked it already
         generator=torch.Generator(),  # else every new iterator draws from the epoch's numbers
     )
+    module = _Module(method.train(), settings, first_epoch, batches)
+    if settings.channels_last:
+        weights_channels_last(method)
+    if group.size > 1:
+        share_statistics(method, group.device)
     disable_possible_user_warnings()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it advertises
     trainer = pl.Trainer(
         max_epochs=settings.epochs - first_epoch,
-        accelerator="auto",
-        devices=1,
+        **trainer_arguments(group),
         gradient_clip_val=settings.gradient_clip or None,
         logger=False,
         enable_checkpointing=False,
@@ -172,7 +203,7 @@ def run_epochs(
         use_distributed_sampler=False,
         callbacks=[
             *([validation] if len(cast(Any, validation.data)) else []),
-            _Saver(run, rows, validation, identity),
+            _Saver(run, rows, validation, identity, group),
             EpochProgress(report, settings.epochs, first_epoch),
             *([_Restore(state)] if state else []),
         ],

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastad.models.registry import Features, Method
+from fastad.training.processes import Processes
 
 
 class Validation(pl.Callback):
@@ -21,10 +22,14 @@ class Validation(pl.Callback):
         data: Images or features to validate on; batches come from ``__getitems__``.
         batch: Images per step.
         patience: Epochs without a better loss after which training stops.
+        group: The processes that train together: each measures its part, and all decide alike.
     """
 
-    def __init__(self, data: Dataset[Any], batch: int, patience: int) -> None:
+    def __init__(
+        self, data: Dataset[Any], batch: int, patience: int, group: Processes | None = None
+    ) -> None:
         self.data, self.batch, self.patience = data, batch, patience
+        self.group = group or Processes()
         self.best_loss = float("inf")
         self.waited = 0
         self.best: dict[str, Tensor] = {}
@@ -42,11 +47,12 @@ class Validation(pl.Callback):
 
     @torch.no_grad()
     def measure(self, method: Method, device: torch.device) -> float:
-        """Mean loss over the validation images, in eval mode."""
+        """Mean loss over the validation images, in eval mode; the same number in each process."""
         method.eval()
         total, N = 0.0, len(cast(Any, self.data))
-        for start in range(0, N, self.batch):
-            indices = list(range(start, min(start + self.batch, N)))
+        part = max(1, self.batch // self.group.size)
+        for start in range(self.group.rank * part, N, self.group.size * part):
+            indices = list(range(start, min(start + part, N)))
             batch: Tensor | Features = cast(Any, self.data).__getitems__(indices)
             if isinstance(batch, Tensor):
                 features = method.features(batch.to(device))
@@ -54,7 +60,7 @@ class Validation(pl.Callback):
                 features = tuple(level.to(device) for level in batch)
             total += float(method.loss(features)) * len(indices)
         method.train()
-        return total / N
+        return float(self.group.sum(torch.tensor(total, dtype=torch.float64))) / N
 
     def restore(self, method: Method) -> None:
         """Put the best epoch's weights back."""

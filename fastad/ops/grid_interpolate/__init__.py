@@ -25,9 +25,9 @@ def grid_interpolate(
 
     Equals ``torch.nn.functional.grid_sample(mode="bilinear", padding_mode="zeros",
     align_corners=False)`` where that exists (D = 2, 3), for every D >= 1. Differentiable in both
-    arguments: with gradients, and in exports, this is `reference.grid_interpolate` in standard
-    operations, which costs ``N * n_1 * ... * n_D * C`` multiply-adds for N coordinates; otherwise
-    ``fastad::grid_interpolate``.
+    arguments: with gradients this is `reference.grid_interpolate` in standard operations, which
+    costs ``N * n_1 * ... * n_D * C`` multiply-adds for N coordinates, in an ONNX export the node
+    ``GridInterpolate``; otherwise ``fastad::grid_interpolate``.
 
     Args:
         table: Node values, channel-last.
@@ -52,6 +52,9 @@ def grid_interpolate(
     tensor([[0.5000]])
     """
     reference.check_arguments(table, coords, per_image, out)
+    if torch.onnx.is_in_onnx_export():
+        node = op.onnx_node(table, coords, per_image)
+        return node if out is None else out.copy_(node)
     if runs_registered(table, coords):
         if out is not None:
             torch.ops.fastad.grid_interpolate_out(table, coords, per_image, out)

@@ -17,6 +17,7 @@ from fastad.ops.grid_interpolate import reference
 
 NAME = "fastad::grid_interpolate"
 NAME_OUT = "fastad::grid_interpolate_out"
+ONNX_NAME = "GridInterpolate"  # no ONNX operator has this name, whose domain NVIDIA ignores
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_D = 10  # the gather reads 2 ** D corners
 MAX_NODES_PER_AXIS = 4095  # sizes reach the kernel packed, 12 bits each
@@ -55,6 +56,26 @@ def choose_form(table: Tensor, coords: Tensor, per_image: bool = False) -> Form:
     reads_hat = nodes.numel() * -(-points // 64)
     few = nodes.numel() <= MAX_HAT_NODES and reads_hat < points * 2 ** len(nodes)
     return "hat" if few and table.element_size() == 2 else "gather"
+
+
+def onnx_node(table: Tensor, coords: Tensor, per_image: bool = False) -> Tensor:
+    """The operator as one node of a graph under export; `onnx_impl` says what it means.
+
+    Its name tells the form, which follows from the table alone: plugins and functions have one
+    number of dimensions each.
+    """
+    form = "PerImage" * per_image
+    form += "Gather" * (table.shape[per_image:-1].numel() > MAX_HAT_NODES)
+    out: Tensor = torch.onnx.ops.symbolic(
+        f"fastad::{ONNX_NAME}{coords.shape[-1]}D{form}",
+        (table, coords),
+        # TensorRT takes a plugin of this name before the function
+        {"plugin_namespace": "fastad"},
+        dtype=table.dtype,
+        shape=(*coords.shape[:-1], table.shape[-1]),
+        version=1,
+    )
+    return out
 
 
 def why_unsupported(table: Tensor, coords: Tensor, out: Tensor | None = None) -> str | None:

@@ -30,9 +30,9 @@ def neighbor_attention(
     a window centred on the query and cut at the border; the query's own token is inside the window.
     Rows with no key left give 0. Scores and sums run in float32 whatever the input; only queries
     and keys may be rounded to their dtype once more where positions have been added.
-    Differentiable: with gradients, and in exports, this is `reference.neighbor_attention` in
-    standard operations; otherwise ``fastad::neighbor_attention``, whose result lies in memory as
-    [B, N, heads, D].
+    Differentiable: with gradients this is `reference.neighbor_attention` in standard operations, in
+    an ONNX export the node ``NeighborAttention``; otherwise ``fastad::neighbor_attention``, whose
+    result lies in memory as [B, N, heads, D].
 
     Args:
         q: Queries, tokens row-major over ``grid``.
@@ -59,6 +59,8 @@ def neighbor_attention(
     tensor([1.5000, 1.0000, 0.5000])
     """
     reference.check_arguments(q, k, v, grid, window, q_position, k_position)
+    if torch.onnx.is_in_onnx_export():
+        return op.onnx_node(q, k, v, grid, window, q_position, k_position)
     positions = [t for t in (q_position, k_position) if t is not None]
     if runs_registered(q, k, v, *positions):
         out: Tensor = torch.ops.fastad.neighbor_attention(

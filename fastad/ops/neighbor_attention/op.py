@@ -17,6 +17,7 @@ from fastad.ops.check import (
 from fastad.ops.neighbor_attention import reference
 
 NAME = "fastad::neighbor_attention"
+ONNX_NAME = "NeighborAttention"  # NVIDIA's parser ignores domains: no ONNX operator has this name
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128  # above, a tile of keys and values leaves 48 KiB of shared memory
 
@@ -113,6 +114,40 @@ def _fake(
     k_position: Tensor | None = None,
 ) -> Tensor:
     return empty_output(q)
+
+
+def onnx_node(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
+) -> Tensor:
+    """The operator as one node of a graph under export; `onnx_impl` says what it means.
+
+    A form for each set of positions, because plugins and functions take no optional inputs.
+    """
+    form = "Q" * (q_position is not None) + "K" * (k_position is not None)
+    positions = [t for t in (q_position, k_position) if t is not None]
+    out: Tensor = torch.onnx.ops.symbolic(
+        f"fastad::{ONNX_NAME}{form}",
+        (q, k, v, *positions),
+        {
+            "grid_height": grid[0],
+            "grid_width": grid[1],
+            "window_height": window[0],
+            "window_width": window[1],
+            "scale": float(q.shape[-1]) ** -0.5,
+            # TensorRT takes a plugin of this name before the function
+            "plugin_namespace": "fastad",
+        },
+        dtype=q.dtype,
+        shape=q.shape,
+        version=1,
+    )
+    return out
 
 
 @lru_cache(maxsize=8)

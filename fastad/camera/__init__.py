@@ -1,0 +1,1 @@
+"""Streams: cameras, network cameras, videos, folders and any iterable of frames."""

@@ -1,0 +1,359 @@
+"""`stream`: results for as long as a source gives frames, the newest frame of a camera first.
+
+Each source has a reader thread that decodes into a bounded `Mailbox`; the caller's thread runs the
+predictor. A slow caller costs a camera's older frames, which are counted, and makes files wait.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import closing
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from fastad.camera.events import Entry, Mailbox, Shot, StreamEvent, StreamResult
+from fastad.camera.source import AnySource, LostError, open_sources
+from fastad.errors import InputError
+from fastad.preprocess import Color, ValueRange
+
+if TYPE_CHECKING:
+    from fastad.predictor import Predictor
+
+log = logging.getLogger(__name__)
+
+QUEUE = 8  # frames; 50 MB of 1080p
+FIRST_PAUSE_S = 0.25  # before the first attempt to reconnect; each further pause is twice as long
+CLOSE_S = 1.0  # how long closing waits for readers; one inside FFmpeg follows at its timeout
+
+OnEvent = Callable[[StreamEvent], object]
+
+
+@overload
+def stream(
+    predictor: Predictor,
+    source: object,
+    *,
+    every: bool = ...,
+    queue: int = ...,
+    threshold: float | None = ...,
+    color: Color = ...,
+    category: str | None = ...,
+    value_range: ValueRange | None = ...,
+    batch: int | None = ...,
+    stall_s: float = ...,
+    reconnect_s: float | None = ...,
+    on_event: OnEvent | None = ...,
+    events: Literal[False] = ...,
+) -> Generator[StreamResult]: ...
+@overload
+def stream(
+    predictor: Predictor,
+    source: object,
+    *,
+    every: bool = ...,
+    queue: int = ...,
+    threshold: float | None = ...,
+    color: Color = ...,
+    category: str | None = ...,
+    value_range: ValueRange | None = ...,
+    batch: int | None = ...,
+    stall_s: float = ...,
+    reconnect_s: float | None = ...,
+    on_event: OnEvent | None = ...,
+    events: bool = ...,
+) -> Generator[StreamResult | StreamEvent]: ...
+def stream(
+    predictor: Predictor,
+    source: object,
+    *,
+    every: bool = False,
+    queue: int = QUEUE,
+    threshold: float | None = None,
+    color: Color = "rgb",
+    category: str | None = None,
+    value_range: ValueRange | None = None,
+    batch: int | None = None,
+    stall_s: float = 2.0,
+    reconnect_s: float | None = 2.0,
+    on_event: OnEvent | None = None,
+    events: bool = False,
+) -> Generator[Any]:
+    """Look at frames as they come, with bounded memory; the `predictor` stays the caller's.
+
+    A finite source (folder, pattern, image files, video file, any iterable) gives a result for
+    every frame, and waits while the caller is busy. A live source (camera, ``rtsp://``) gives its
+    newest frame each time; those in between are dropped and counted in ``dropped``. It never ends
+    by itself: a lost camera is tried again until the generator is closed.
+
+    Arguments are checked at the call; sources are read from the first ``next`` on. Leaving the
+    loop, ``close()``, Ctrl-C, an exception and the end of the program stop the readers. Closing
+    waits at most 1 s for them. One that waits inside FFmpeg then ends on its own, after
+    ``stall_s``, or while it connects after 5 s or ``stall_s`` if that is more; one that waits
+    inside an iterable ends with the iterable's next frame.
+
+    Args:
+        predictor: An open predictor.
+        source: A folder, a pattern, an image or video file, an ``rtsp://`` address, the number of
+            a camera (V4L2) also as a string, or an iterable of what `predict` takes as one image
+            (or a batch). A list or tuple of these is several sources; one that holds images only
+            is one source. PyAV reads videos and cameras.
+        every: Also a live source queues its frames, and drops the oldest of a full queue.
+        queue: Frames of each source that may wait, for finite sources and with ``every``.
+        threshold: As in `predict`.
+        color: As in `predict`, for the arrays of iterables.
+        category: As in `predict`.
+        value_range: As in `predict`, and for gray videos with more than 8 bits.
+        batch: Frames that run together at most, of those that wait already; None takes the number
+            of sources.
+        stall_s: Seconds without a frame after which a live source counts as stalled.
+        reconnect_s: Longest pause between two attempts to reconnect; None ends a lost source.
+        on_event: Called with each `StreamEvent`, in the caller's thread and in order with the
+            results. None logs them.
+        events: Yield the events among the results instead.
+
+    Yields:
+        `StreamResult`, in order for each source; with ``events`` also `StreamEvent`.
+
+    Raises:
+        InputError: an argument that cannot be used, a source that does not exist, or a file that
+            is no video.
+        UnsupportedError: the source needs PyAV, which is not installed.
+        EngineError: while running, the runtime fails. What an iterable raises comes out as it is.
+    """
+    for name, value in (("queue", queue), ("batch", 1 if batch is None else batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}: expected a whole number of frames from 1, got {value!r}")
+    _check_seconds("stall_s", stall_s)
+    if reconnect_s is not None:
+        _check_seconds("reconnect_s", reconnect_s)
+    if events and on_event:
+        raise InputError("events: expected either events=True or on_event, got both")
+    predictor.threshold_for(category, threshold)
+    declared = value_range or predictor.manifest.spec.input.value_range
+    sources = open_sources(source, color, declared, stall_s)
+    waiting = queue if every else 1
+    bell = threading.Condition()
+    readers = [
+        Reader(each, waiting if each.live else queue, bell, reconnect_s) for each in sources
+    ]
+    batches = _Batches(readers, bell, batch or len(readers), stall_s)
+    tell = None if events else on_event or _Log()
+    return _results(predictor, batches, threshold, category, tell)
+
+
+class Reader:
+    """Reads one source into its mailbox, on a daemon thread that it owns from start to stop."""
+
+    def __init__(
+        self,
+        source: AnySource,
+        capacity: int,
+        bell: threading.Condition,
+        reconnect_s: float | None,
+    ) -> None:
+        self.source = source
+        self.mailbox = Mailbox(
+            source.name, capacity, live=source.live, steady=source.steady, bell=bell
+        )
+        self._reconnect_s = reconnect_s
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        self.mailbox.begin()
+        name = f"fastad reader of {self.source.name}"
+        self._thread = threading.Thread(target=self._read, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end, without waiting for it."""
+        self._stopping.set()
+        self.mailbox.close()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread."""
+        if self._thread and self._thread is not threading.current_thread():
+            self._thread.join(max(timeout_s, 0.0))
+
+    def _read(self) -> None:
+        try:
+            self._read_while_wanted()
+        except BaseException as error:
+            self.mailbox.fail(error)
+        finally:
+            self.mailbox.end()
+
+    def _read_while_wanted(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                # Leaving closes the file or connection here, in the thread that reads it.
+                with closing(self.source.frames()) as frames:
+                    for item in frames:
+                        if not self.mailbox.put(item):
+                            return
+                        pause_s = FIRST_PAUSE_S
+                reason = "the connection ended"  # FFmpeg ends so when the server goes away
+            except LostError as error:
+                reason = str(error)
+                if not self.source.live:
+                    self.mailbox.unreadable(reason)
+            if not self.source.live:
+                return
+            if self._reconnect_s is None:
+                self.mailbox.stall(reason)
+                return
+            self.mailbox.stall(f"{reason}; trying again every {self._reconnect_s:g} s")
+            if self._stopping.wait(min(pause_s, self._reconnect_s)):
+                return
+            pause_s *= 2
+
+
+class _Batches:
+    """Takes what waits in the mailboxes, in turn; owns the readers between start and stop."""
+
+    def __init__(
+        self, readers: list[Reader], bell: threading.Condition, size: int, stall_s: float
+    ) -> None:
+        self._readers, self._bell, self._size, self._stall_s = readers, bell, size, stall_s
+        self._first = 0
+
+    def start(self) -> None:
+        _running.add(self)
+        for reader in self._readers:
+            reader.start()
+
+    def stop(self) -> None:
+        """Stop all readers and wait up to `CLOSE_S` for them."""
+        for reader in self._readers:
+            reader.stop()
+        deadline = time.monotonic() + CLOSE_S
+        for reader in self._readers:
+            reader.join(deadline - time.monotonic())
+        _running.discard(self)
+
+    def next(self) -> list[Entry]:
+        """What came since, at most ``size`` frames; waits for something; empty after the end."""
+        with self._bell:
+            while True:
+                ended = all(reader.mailbox.ended for reader in self._readers)
+                found = self._take()
+                if found or ended:
+                    return found
+                self._bell.wait(self._until_stall())
+
+    def _take(self) -> list[Entry]:
+        found: list[Entry] = []
+        frames = 0
+        boxes = [reader.mailbox for reader in self._readers]
+        boxes = boxes[self._first :] + boxes[: self._first]
+        self._first = (self._first + 1) % len(boxes)  # no source is always served first
+        while frames < self._size and boxes:
+            for box in list(boxes):
+                entry = box.take() if frames < self._size else None
+                if entry is None:
+                    boxes.remove(box)
+                else:
+                    found.append(entry)
+                    frames += isinstance(entry, Shot)
+        return found
+
+    def _until_stall(self) -> float:
+        """Note the stalls that are due; seconds until the next one can be."""
+        until_s = 1.0
+        for box in (reader.mailbox for reader in self._readers):
+            silent_s = box.silent_s()
+            if silent_s is not None and silent_s >= self._stall_s:
+                box.stall(f"no frame for {silent_s:.1f} s")
+                until_s = 0.0
+            elif silent_s is not None:
+                until_s = min(until_s, self._stall_s - silent_s)
+        return until_s
+
+
+# Streams that run: the end of the program stops what a module still holds.
+_running: weakref.WeakSet[_Batches] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for batches in list(_running):
+        batches.stop()
+
+
+def _results(
+    predictor: Predictor,
+    batches: _Batches,
+    threshold: float | None,
+    category: str | None,
+    tell: OnEvent | None,
+) -> Generator[StreamResult | StreamEvent]:
+    applied = predictor.threshold_for(category, threshold)
+    try:
+        batches.start()
+        while entries := batches.next():
+            shots = [entry for entry in entries if isinstance(entry, Shot)]
+            pairs = [(shot.taken.source, shot.taken.frame) for shot in shots]
+            began = time.perf_counter()
+            found = (
+                iter(predictor._run(pairs, threshold, applied, category, began))
+                if pairs
+                else iter(())
+            )
+            del shots, pairs  # the frames of a batch are not held while its results are used
+            entries.reverse()
+            while entries:
+                entry = entries.pop()
+                if isinstance(entry, BaseException):
+                    raise entry
+                if isinstance(entry, StreamEvent):
+                    if tell is None:
+                        yield entry
+                    else:
+                        tell(entry)
+                    continue
+                prediction = next(found)
+                prediction.speed["decode"] = entry.taken.decode_ms  # in the reader's thread
+                yield StreamResult(
+                    prediction=prediction,
+                    source=entry.name,
+                    index=entry.index,
+                    time_s=entry.taken.time_s,
+                    received_s=entry.received_s,
+                    dropped=entry.dropped,
+                    age_ms=(time.monotonic() - entry.received) * 1000,
+                )
+                del prediction, entry
+    finally:
+        batches.stop()
+
+
+class _Log:
+    """Logs events; of unreadable frames in a row the 1st, 2nd, 4th, 8th and so on."""
+
+    def __init__(self) -> None:
+        self._in_a_row: dict[str, int] = {}
+
+    def __call__(self, event: StreamEvent) -> None:
+        if event.kind != "unreadable":
+            self._in_a_row.pop(event.source, None)
+            quiet = event.kind in ("end", "changed")
+            log.log(logging.INFO if quiet else logging.WARNING, "%s", event)
+            return
+        count = self._in_a_row[event.source] = self._in_a_row.get(event.source, 0) + 1
+        if count & (count - 1) == 0:
+            log.warning("%s: frame %d: %s (%d)", event.source, event.index, event.message, count)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not (
+        isinstance(value, Real) and math.isfinite(value) and value > 0
+    ):
+        raise InputError(f"{name}: expected seconds above 0, got {value!r}")

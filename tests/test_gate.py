@@ -1,0 +1,157 @@
+"""The accuracy gate: what passes, what is refused, and with which sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastad.export.gate import (
+    GateImages,
+    Limits,
+    judge,
+    load_gate_images,
+    measure,
+    rank_correlation,
+)
+from numpy.typing import NDArray
+from textures import Textures
+
+from fastad.engine.base import Outputs, Precision
+from fastad.spec import GateReport, InputSpec
+from fastad.training.folder import Sample, scan
+
+FINE = GateReport(
+    runtime="openvino",
+    precision="int8",
+    normal_images=24,
+    test_images=100,
+    map_max=0.3,
+    map_mean=0.01,
+    score_rank_correlation=0.99,
+    false_alarm_rate=0.05,
+    false_alarm_interval=(0.0, 0.1),
+    image_auroc_change=-0.1,
+    pixel_auroc_change=0.0,
+    aupro_change=-0.3,
+    ms_batch1=1.0,
+    ms_batch8=1.0,
+)
+UNLABELLED = replace(
+    FINE, test_images=0, image_auroc_change=None, pixel_auroc_change=None, aupro_change=None
+)
+
+
+@pytest.mark.parametrize("report", [FINE, UNLABELLED], ids=["labelled", "unlabelled"])
+def test_passes_at_its_limits(report: GateReport) -> None:
+    limits = Limits(rank_correlation=0.99, map_mean=0.01)
+    assert judge(report, limits).refused == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"image_auroc_change": -0.11}, r"image AUROC changes by -0\.11 points, allowed is -0\.1"),
+        ({"pixel_auroc_change": -0.2}, "pixel AUROC changes by -0.20"),
+        ({"aupro_change": -0.31}, "AUPRO changes by -0.31 points, allowed is -0.3"),
+        ({"image_auroc_change": float("nan")}, "image AUROC changes by"),
+        ({"false_alarm_rate": 0.11}, "11.00% false alarms on 24 normal images"),
+    ],
+)
+def test_refuses_labelled(change: dict[str, float], sentence: str) -> None:
+    refused = judge(replace(FINE, **change), Limits()).refused  # type: ignore[arg-type]
+    assert refused.startswith(sentence.replace("\\", ""))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"score_rank_correlation": 0.89}, "scores of normal images correlate by rank to 0.890"),
+        ({"map_mean": 0.021}, "maps differ by 2.10% of their range on average, allowed is 2.00%"),
+        ({"map_mean": float("nan")}, "maps differ by"),
+        ({"normal_images": 7}, "7 held-out normal images prove nothing, 8 are needed"),
+    ],
+)
+def test_refuses_without_labels(change: dict[str, float], sentence: str) -> None:
+    refused = judge(replace(UNLABELLED, **change), Limits()).refused  # type: ignore[arg-type]
+    assert refused.startswith(sentence)
+
+
+def test_a_reason_given_before_stays() -> None:
+    assert judge(replace(FINE, refused="slow"), Limits()).refused == "slow"
+
+
+class Arithmetic:
+    """A runtime whose map is the red channel over 51, plus an error per value."""
+
+    name = "arithmetic"
+
+    def __init__(self, error: float = 0.0, scale: float = 1.0) -> None:
+        self.precision: Precision = "int8"
+        self.error, self.scale = np.float32(error), np.float32(scale)
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        maps = images[..., 0].astype(np.float32) / 51 * self.scale + self.error
+        return maps, maps.max(axis=(1, 2))
+
+    def close(self) -> None:
+        pass
+
+
+def ramp(count: int) -> GateImages:
+    pixels = np.zeros((count, 4, 4, 3), np.uint8)
+    pixels[:, 0, 0] = (np.arange(count) * 255 // (count - 1))[:, None]  # scores 0..5
+    samples = tuple(Sample(Path(f"{i}.png"), "", False) for i in range(count))
+    return GateImages(pixels, samples, count)
+
+
+def test_measures_errors_of_the_whole_range_over_all_batches() -> None:
+    report = measure(Arithmetic(0.25), Arithmetic(), ramp(20), threshold=4.5)
+    assert report.map_max == pytest.approx(0.05)
+    assert report.map_mean == pytest.approx(0.05)
+    assert report.score_rank_correlation == 1.0
+    assert report.false_alarm_rate == pytest.approx(3 / 20)  # float32 has two
+    assert report.false_alarm_interval == pytest.approx((0.0123, 0.317), abs=1e-3)
+    assert (report.normal_images, report.test_images) == (20, 0)
+    assert report.image_auroc_change is None
+
+
+def test_alarms_beyond_the_interval_are_refused() -> None:
+    report = measure(Arithmetic(3.0), Arithmetic(), ramp(20), threshold=4.5)
+    wide = Limits(rank_correlation=0.0, map_mean=9.0)
+    assert "70.00% false alarms on 20 normal images" in judge(report, wide).refused
+
+
+def test_without_a_threshold_there_are_no_alarms() -> None:
+    report = measure(Arithmetic(), Arithmetic(), ramp(9), threshold=None)
+    assert (report.false_alarm_rate, report.false_alarm_interval) == (None, None)
+    assert judge(report, Limits()).refused == ""
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    report = measure(Arithmetic(float("nan")), Arithmetic(), ramp(9), threshold=4.5)
+    assert judge(report, Limits(1e9, 1e9, -1.0, 1e9)).refused == "some outputs are NaN or infinite"
+
+
+def test_labelled_images_give_changes_in_points(textures: Textures) -> None:
+    tested = scan(textures.root).test
+    images = load_gate_images(tested[:0], tested, InputSpec((64, 64)))
+    assert images.labelled == 22
+    same = measure(Arithmetic(), Arithmetic(), images, None)
+    changes = (same.image_auroc_change, same.pixel_auroc_change, same.aupro_change)
+    assert changes == (0.0, 0.0, 0.0)
+    turned = measure(Arithmetic(scale=-1.0), Arithmetic(), images, None)
+    plain = measure(Arithmetic(), Arithmetic(scale=-1.0), images, None)
+    assert turned.pixel_auroc_change is not None
+    assert plain.pixel_auroc_change == pytest.approx(-turned.pixel_auroc_change)
+    assert turned.pixel_auroc_change != 0
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [([1, 2, 3, 4], 1.0), ([4, 3, 2, 1], -1.0), ([1, 1, 1, 1], 0.0), ([1, 3, 2, 4], 0.8)],
+)
+def test_rank_correlation(second: list[float], expected: float) -> None:
+    found = rank_correlation(np.array([0.1, 0.2, 0.3, 0.4]), np.array(second, float))
+    assert found == pytest.approx(expected)

@@ -1,0 +1,185 @@
+"""Lower precisions of a graph: what is quantised, what is not, and that the files are sound."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from fastad.export import to_onnx
+from fastad.export.quantize import OP_TYPES, Quantizer
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from test_methods import TINY
+
+from fastad.engine.select import open_runtime, why_unsupported
+from fastad.models import methods
+from fastad.models.registry import build
+
+DISTANCE = {"Sqrt", "Pow", "ReduceL2", "ReduceSum", "ReduceMax"}
+
+
+def frames(size: tuple[int, int], count: int = 4) -> NDArray[np.uint8]:
+    """Smooth images: what convolutions make of noise says little."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 220, (count, 8, 8, 3)).astype(np.uint8)
+    return coarse.repeat(size[0] // 8, axis=1).repeat(size[1] // 8, axis=2)
+
+
+@dataclasses.dataclass
+class Made:
+    """One method's float32 graph and its lower precisions."""
+
+    graph: bytes
+    images: NDArray[np.uint8]
+    quantizer: Quantizer
+    s8: bytes
+
+
+@pytest.fixture(scope="module", params=methods())
+def made(request: pytest.FixtureRequest) -> Made:
+    torch.manual_seed(0)
+    method = build(request.param, TINY[request.param], weights="random")
+    if request.param == "grad":
+        method.config = dataclasses.replace(method.config, feature_scale=1.0)
+    graph, images = to_onnx(method), frames(method.input.size)
+    quantizer = Quantizer(graph, images)
+    return Made(graph, images, quantizer, quantizer.int8())
+
+
+def producers(model: ModelProto) -> dict[str, NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def quantised(model: ModelProto) -> list[NodeProto]:
+    made = producers(model)
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+        and any(name in made and made[name].op_type == "DequantizeLinear" for name in node.input)
+    ]
+
+
+def test_int8_passes_the_checker_with_standard_operators_only(made: Made) -> None:
+    model = onnx.load_from_string(made.s8)
+    onnx.checker.check_model(model, full_check=True)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [i.name for i in model.graph.input] == ["image"]
+    assert [o.name for o in model.graph.output] == ["anomaly_map", "raw_score"]
+
+
+def test_int8_is_symmetric(made: Made) -> None:
+    model = onnx.load_from_string(made.s8)
+    values = {i.name: i for i in model.graph.initializer}
+    pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    for node in pairs:
+        zero = values[node.input[2]]
+        assert zero.data_type == TensorProto.INT8  # no int32 bias either
+        assert not numpy_helper.to_array(zero).any()
+
+
+def test_only_four_operators_are_quantised_and_all_chosen_ones_are(made: Made) -> None:
+    found = quantised(onnx.load_from_string(made.s8))
+    assert {node.op_type for node in found} <= set(OP_TYPES)
+    assert {node.name for node in found} == set(made.quantizer.parts.layers)
+
+
+def test_weights_are_quantised_per_channel(made: Made) -> None:
+    model = onnx.load_from_string(made.s8)
+    sizes = {i.name: int(np.prod(i.dims)) for i in model.graph.initializer}
+    scales = [
+        sizes[n.input[1]]
+        for n in model.graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] in sizes
+    ]
+    assert scales
+    assert max(scales) > 1
+
+
+def test_distances_map_and_attention_stay_float32(made: Made) -> None:
+    model = onnx.load_from_string(made.s8)
+    made_by = producers(model)
+    names = {node.name for node in quantised(model)}
+    constants = {i.name for i in model.graph.initializer}
+    reached, waiting = set(), ["anomaly_map", "raw_score"]
+    while waiting:  # back from the outputs up to the first quantised node
+        node = made_by.get(waiting.pop())
+        if node is None or node.name in reached:
+            continue
+        reached.add(node.name)
+        if node.op_type != "DequantizeLinear":
+            waiting.extend(node.input)
+    parts = made.quantizer.parts
+    assert set(parts.head) <= reached
+    assert not names & {*parts.head, *parts.last}
+    assert DISTANCE & {node.op_type for node in model.graph.node if node.name in parts.head}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.name in names:  # neither attention nor a fixed map
+            weight = made_by[node.input[1]]
+            while weight.op_type in ("DequantizeLinear", "Transpose"):
+                if weight.input[0] in constants:
+                    break
+                weight = made_by[weight.input[0]]
+            assert weight.input[0] in constants
+
+
+def test_the_head_reads_what_was_not_rounded(made: Made) -> None:
+    model = onnx.load_from_string(made.s8)
+    made_by = producers(model)
+    for node in model.graph.node:
+        if node.name in made.quantizer.parts.head:
+            read = {made_by[name].op_type for name in node.input if name in made_by}
+            assert "DequantizeLinear" not in read
+
+
+def test_kept_layers_are_not_quantised(made: Made) -> None:
+    layers = made.quantizer.parts.layers
+    model = onnx.load_from_string(made.quantizer.int8(kept=layers[:3]))
+    assert {node.name for node in quantised(model)} == set(layers[3:])
+
+
+def test_with_every_layer_kept_the_graph_computes_the_same(made: Made) -> None:
+    plain = made.quantizer.int8(kept=made.quantizer.parts.layers)
+    if reason := why_unsupported("onnxruntime", "fp32"):
+        pytest.skip(reason)
+    first = open_runtime(made.graph, "onnxruntime", "fp32", "cpu").run(made.images)
+    second = open_runtime(plain, "onnxruntime", "fp32", "cpu").run(made.images)
+    np.testing.assert_allclose(second[0], first[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["s8", "u8", "float16"])
+def test_lower_precisions_compute_nearly_the_same(made: Made, form: str) -> None:
+    if reason := why_unsupported("onnxruntime", "fp32"):
+        pytest.skip(reason)
+    q = made.quantizer
+    graph = {"s8": q.int8, "u8": lambda: q.int8("u8"), "float16": q.float16}[form]()
+    maps, _ = open_runtime(made.graph, "onnxruntime", "fp32", "cpu").run(made.images)
+    lower, _ = open_runtime(graph, "onnxruntime", "int8", "cpu").run(made.images)
+    error = float(np.abs(lower - maps).mean() / np.ptp(maps))
+    # 127 and 1024 steps over the range of each tensor, through up to 30 layers
+    assert 0 < error < {"s8": 0.05, "u8": 0.05, "float16": 0.005}[form]
+
+
+def test_float16_keeps_outputs_distances_and_softmax_in_float32(made: Made) -> None:
+    model = onnx.load_from_string(made.quantizer.float16())
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
+    kinds |= {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
+    assert {v.type.tensor_type.elem_type for v in model.graph.output} == {TensorProto.FLOAT}
+    head = {*made.quantizer.parts.head, *made.quantizer.parts.last}
+    narrow = {n.op_type for n in model.graph.node if kinds.get(n.output[0]) == TensorProto.FLOAT16}
+    assert narrow & {"Conv", "MatMul"}
+    assert not narrow & {"Softmax", "LayerNormalization", "Sqrt", "ReduceSum", "ReduceL2"}
+    for node in model.graph.node:
+        if node.name in head:
+            assert kinds.get(node.output[0]) != TensorProto.FLOAT16
+
+
+def test_equal_inputs_give_equal_bytes(made: Made) -> None:
+    assert Quantizer(made.graph, made.images).int8() == made.s8
