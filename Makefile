@@ -27,6 +27,8 @@ bench: .venv/ready
 .venv/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'fastad[tensorrt-tests]' \
+		|| echo 'without the TensorRT packages: the tests of that path will be skipped'
 	touch $@
 
 clean:

@@ -39,7 +39,6 @@ OPEN_S = 5.0  # an RTSP handshake took 0.05 to 1.1 s on loopback; cameras on a b
 # 0.05 s instead of 0.94 s, and each 39 ms after it was sent (720p, loopback, two cores).
 RTSP = {
     "rtsp_transport": "tcp",
-    "fflags": "nobuffer",
     "flags": "low_delay",
     "probesize": "32768",
     "analyzeduration": "0",

@@ -14,7 +14,6 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import closing
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fastad.camera.events import Entry, Mailbox, Shot, StreamEvent, StreamResult
@@ -139,9 +138,7 @@ def stream(
     sources = open_sources(source, color, declared, stall_s)
     waiting = queue if every else 1
     bell = threading.Condition()
-    readers = [
-        Reader(each, waiting if each.live else queue, bell, reconnect_s) for each in sources
-    ]
+    readers = [Reader(each, waiting if each.live else queue, bell, reconnect_s) for each in sources]
     batches = _Batches(readers, bell, batch or len(readers), stall_s)
     tell = None if events else on_event or _Log()
     return _results(predictor, batches, threshold, category, tell)
@@ -336,7 +333,7 @@ def _results(
 
 
 class _Log:
-    """Logs events; of unreadable frames in a row the 1st, 2nd, 4th, 8th and so on."""
+    """Logs events; of unreadable frames without another event between them the 1st, 2nd, 4th..."""
 
     def __init__(self) -> None:
         self._in_a_row: dict[str, int] = {}
@@ -352,8 +349,7 @@ class _Log:
             log.warning("%s: frame %d: %s (%d)", event.source, event.index, event.message, count)
 
 
-def _check_seconds(name: str, value: object) -> None:
-    if isinstance(value, bool) or not (
-        isinstance(value, Real) and math.isfinite(value) and value > 0
-    ):
+def _check_seconds(name: str, value: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
         raise InputError(f"{name}: expected seconds above 0, got {value!r}")
