@@ -132,6 +132,7 @@ class Video:
                 format=self._device,
                 options=RTSP if self._address.startswith("rtsp") else {},
                 timeout=self._timeout,
+                metadata_errors="replace",  # a damaged file's title need not be text
             )
         except (av.FFmpegError, OSError) as error:
             raise LostError(f"cannot be opened: {_reason(error)}") from None
@@ -346,5 +347,7 @@ def _without_password(address: str) -> str:
 
 
 def _reason(error: OSError | Exception) -> str:
+    if type(error).__name__ == "ExitError":  # what FFmpeg calls its timeout
+        return "no data came in time"
     # The whole text of an FFmpeg error repeats the address, with the password.
     return getattr(error, "strerror", None) or type(error).__name__
