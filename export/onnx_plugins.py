@@ -1,6 +1,6 @@
 """An engine file's graph as TensorRT's parser takes it, changed in memory in front of the parser.
 
-TensorRT casts uint8 and does nothing else with it. Nodes of domain ``fastad`` become nodes of the
+Nodes of domain ``fastad`` become nodes of the
 plugins that a build registers; a plugin's name carries the revision of its kernel, which an engine
 file must not.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 
 from fastad.errors import EngineError
 
@@ -24,25 +24,6 @@ def operators(graph: bytes) -> tuple[str, ...]:
     """Names of the fastad operators in a serialised graph, sorted."""
     model = onnx.load_from_string(graph)
     return tuple(sorted({node.op_type for node in model.graph.node if node.domain == DOMAIN}))
-
-
-def cast_first(graph: bytes) -> bytes:
-    """Graph whose uint8 ``image`` meets a Cast to float32 before anything else, same values."""
-    model = onnx.load_from_string(graph)
-    readers = [node for node in model.graph.node if "image" in node.input]
-    moved = [node for node in readers if node.op_type == "Transpose"]
-    if moved:
-        wide = "image.float32"
-        cast = helper.make_node("Cast", ["image"], [wide], "image.cast", to=TensorProto.FLOAT)
-        model.graph.node.insert(0, cast)
-        stale = {name for node in moved for name in node.output}
-        for node in moved:
-            node.input[0] = wide
-        kept = [value for value in model.graph.value_info if value.name not in stale]
-        del model.graph.value_info[:]
-        model.graph.value_info.extend(kept)
-    result: bytes = model.SerializeToString()
-    return result
 
 
 def to_plugins(graph: bytes, names: Mapping[str, str], capability: int) -> bytes:

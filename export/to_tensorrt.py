@@ -35,7 +35,7 @@ from fastad.ops.aot import capability_for
 from fastad.spec import Variant, to_json
 from fastad.training.progress import Report
 
-from .onnx_plugins import cast_first, operators, to_plugins
+from .onnx_plugins import operators, to_plugins
 
 BUILDABLE: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
@@ -123,7 +123,7 @@ def serialise(
 
     Args:
         trt: The module ``tensorrt``, or ``tensorrt_rtx`` in tests.
-        graph: ONNX with input ``image``, as `cast_first` leaves it.
+        graph: ONNX with input ``image``.
         settings: How to build.
         cache: Timing cache to read and replace; None keeps none.
         adjust: Last word on the builder's configuration.
@@ -225,7 +225,7 @@ def _build(
         raise UnsupportedError(
             f"{file.path}: holds no {precision} graph; export it with --precision {precision}"
         )
-    graph = cast_first(file.member(variant.member))
+    graph = file.member(variant.member)
     names = operators(graph) if plugins else ()
     if names:
         portable = settings.hardware == "ampere-plus"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastad.export import export_engine
 
 from fastad.engine import cuda, opening
 from fastad.engine.container import WEIGHTS, read_engine
 from fastad.engine.opening import GPU_RUNTIMES, open_engine
 from fastad.errors import InputError, UnsupportedError
-from fastad.export import export_engine
 from fastad.predictor import load
 
 

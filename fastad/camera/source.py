@@ -155,7 +155,7 @@ class Video:
             stream = container.streams.video[0]
             # Frame threads delay a camera by one frame for each of them.
             stream.thread_type = "SLICE" if self.live else "AUTO"
-            seen = False
+            seen, count = False, 0
             packets = container.demux(stream)
             while True:
                 try:
@@ -163,7 +163,8 @@ class Video:
                 except (av.FFmpegError, OSError) as error:
                     raise LostError(f"cannot be read further: {_reason(error)}") from None
                 if packet is None:
-                    return
+                    break
+                count += packet.size > 0  # the last one is empty, it only flushes the decoder
                 began = time.perf_counter()
                 try:
                     decoded = packet.decode()
@@ -176,6 +177,8 @@ class Video:
                 for picture in decoded:
                     seen = True
                     yield self._taken(picture, reformatter, decode_ms)
+            if count < stream.frames:  # a truncated file; 0 where none are announced
+                raise LostError(f"is cut off: it announces {stream.frames} frames, {count} came")
 
     def _taken(
         self, picture: VideoFrame, reformatter: VideoReformatter, decode_ms: float

@@ -92,8 +92,8 @@ def stream(
 
     Arguments are checked at the call; sources are read from the first ``next`` on. Leaving the
     loop, ``close()``, Ctrl-C, an exception and the end of the program stop the readers. Closing
-    waits at most 1 s for them. One that waits inside FFmpeg then ends on its own, after
-    ``stall_s``, or while it connects after 5 s or ``stall_s`` if that is more; one that waits
+    waits at most 1 s for them. One that waits inside FFmpeg then ends on its own, within twice
+    ``stall_s``, or while it connects within 5 s or ``stall_s`` if that is more; one that waits
     inside an iterable ends with the iterable's next frame.
 
     Args:
@@ -133,6 +133,7 @@ def stream(
         _check_seconds("reconnect_s", reconnect_s)
     if events and on_event:
         raise InputError("events: expected either events=True or on_event, got both")
+    predictor._check_open()
     predictor.threshold_for(category, threshold)
     declared = value_range or predictor.manifest.spec.input.value_range
     sources = open_sources(source, color, declared, stall_s)

@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 import tensorrt_rtx
-from fastad.export.onnx_plugins import cast_first
 from fastad.export.to_tensorrt import BuildSettings, serialise
 
 from fastad.errors import EngineError
@@ -27,9 +26,7 @@ def build(graph: bytes, chips: list[str]) -> dict[str, Any]:
             config.set_compute_capability(getattr(tensorrt_rtx.ComputeCapability, chip), 0)
 
         try:
-            plan = serialise(
-                tensorrt_rtx, cast_first(graph), BuildSettings(max_batch=4), adjust=target
-            )
+            plan = serialise(tensorrt_rtx, graph, BuildSettings(max_batch=4), adjust=target)
         except EngineError as error:
             return {"refused": f"{chip}: {error}"}
         sizes[chip] = len(plan)

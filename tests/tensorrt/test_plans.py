@@ -241,12 +241,12 @@ def test_a_damaged_description_is_named(engine: Path) -> None:
 
 def test_graphs_ask_for_plugins_by_field_order(engine: Path) -> None:
     import onnx
-    from fastad.export.onnx_plugins import cast_first, operators, to_plugins
+    from fastad.export.onnx_plugins import operators, to_plugins
 
     with read_engine(engine) as file:
         graph = file.member(MODEL)
     assert operators(graph) == ("GridInterpolate2D",)
-    changed = onnx.load_from_string(to_plugins(cast_first(graph), NAMES, 90))
+    changed = onnx.load_from_string(to_plugins(graph, NAMES, 90))
     nodes = [node for node in changed.graph.node if node.domain == "fastad"]
     assert {node.op_type for node in nodes} == {"GridInterpolate_0"}
     names = ["per_image", "capability", "plugin_namespace", "plugin_version", "aot"]
