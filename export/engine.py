@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastad.atomic import check_target
 from fastad.engine import parity
 from fastad.engine.base import Outputs, Precision
 from fastad.engine.container import MODEL, WEIGHTS, Golden, write_engine
@@ -82,8 +83,7 @@ def export_engine(
     out = Path(out)
     if out.suffix != ".engine":
         raise InputError(f"out: expected a name ending in .engine, got {out}")
-    if not out.parent.is_dir():
-        raise InputError(f"out: the folder {out.parent} does not exist; create it first")
+    check_target(out)
     precisions = parse_precisions(precision)
     if precision != "auto":
         _check_available(precisions)

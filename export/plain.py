@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastad.atomic import check_target
 from fastad.engine import parity
 from fastad.engine.base import Runtime
 from fastad.engine.openvino import OpenVINORuntime
@@ -73,11 +74,13 @@ def export_plain(
     """
     out = Path(out)
     if format not in SUFFIXES:
-        raise InputError(f"format: expected {' or '.join(SUFFIXES)}, got {format!r}")
+        raise InputError(
+            f"format: expected {' or '.join(SUFFIXES)}, got {format!r}; engine files come from "
+            "export_engine, TensorRT plans from `fastad build` on the machine with the GPU"
+        )
     if out.suffix != SUFFIXES[format]:
         raise InputError(f"out: expected a name ending in {SUFFIXES[format]}, got {out}")
-    if not out.parent.is_dir():
-        raise InputError(f"out: the folder {out.parent} does not exist; create it first")
+    check_target(out)
     checkpoint = load_checkpoint(run)
     _tell(report, 1, "graph")
     graph = to_onnx(checkpoint.method)
@@ -123,7 +126,9 @@ def _compare(
         EngineError: a runtime differs by more than `parity.MAP_LIMIT`.
     """
     graph, *weights = files.values()
-    runtimes: list[Runtime] = [OpenVINORuntime(graph, "fp32", weights=b"".join(weights))]
+    runtimes: list[Runtime] = [
+        OpenVINORuntime(graph, "fp32", weights=b"".join(weights), cache=False)
+    ]
     if not weights and why_unsupported("onnxruntime", "fp32") is None:
         runtimes.append(open_runtime(graph, "onnxruntime", "fp32", "cpu"))
     reports = []

@@ -6,8 +6,8 @@ the parser and builder of TensorRT-RTX and with TensorRT's own bindings (tests/t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from fastad.atomic import write_whole
+from fastad.atomic import check_target, user_cache, write_whole
 from fastad.engine import parity
 from fastad.engine.base import Precision
 from fastad.engine.container import MODEL, EngineFile, read_engine, write_engine
@@ -96,15 +96,28 @@ def build_plans(
     reason = why_unsupported(wanted[0] if wanted else "fp32", device)
     if reason:
         raise UnsupportedError(reason)
+    check_target(Path(engine))
     machine = this_machine(device)
     with read_engine(engine) as file:
         found = wanted or [p for p in BUILDABLE if _graph_of(file, p) is not None]
+        lacking = [name for name in found if _graph_of(file, name) is None]
+        if lacking:
+            raise UnsupportedError(
+                f"{file.path}: holds no {lacking[0]} graph; export it with --precision {lacking[0]}"
+            )
         built = {}
         for step, name in enumerate(found):
             if report:
                 report(f"build {name}", step, len(found))
             plan, data = _build(file, name, machine, device, plugins, settings)
             built[plan] = data
+    # Building takes minutes: a calibration stored meanwhile must not be overwritten.
+    with read_engine(engine) as file:
+        digests = {name: member.sha256 for name, member in file.manifest.members.items()}
+        if any(digests.get(plan.graph) != plan.graph_sha256 for plan in built):
+            raise EngineError(
+                f"{engine}: was exported again while building; run `fastad build` again"
+            )
         members = _members_with(file, built)
         manifest = file.manifest
     write_engine(engine, manifest, members)
@@ -143,7 +156,7 @@ def serialise(
     if not parser.parse(graph):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]
-        raise _refused("parse", said or log.lines)
+        raise _refused("parse", [*(said or log.lines)[:2], "an older engine: export it again"])
     outputs = [network.get_output(i).name for i in range(network.num_outputs)]
     if {network.get_input(0).name, *outputs} != set(NAMES):
         raise EngineError(f"tensorrt: expected tensors {NAMES}, got {outputs}; export again")
@@ -171,7 +184,8 @@ def serialise(
         raise _refused("build", log.lines)
     if cache is not None and timing is not None:
         data = bytes(timing.serialize())
-        write_whole(cache, lambda file: file.write(data))
+        with contextlib.suppress(EngineError):  # the next build takes longer, this one is done
+            write_whole(cache, lambda file: file.write(data))
     return bytes(plan)
 
 
@@ -221,10 +235,7 @@ def _build(
 ) -> tuple[Plan, bytes]:
     """One plan that agrees with the golden images."""
     variant = _graph_of(file, precision)
-    if variant is None:
-        raise UnsupportedError(
-            f"{file.path}: holds no {precision} graph; export it with --precision {precision}"
-        )
+    assert variant is not None  # checked before the first build
     graph = file.member(variant.member)
     names = operators(graph) if plugins else ()
     if names:
@@ -233,8 +244,9 @@ def _build(
         graph = to_plugins(graph, register(), capability)
     import tensorrt
 
-    cache = cache_folder() / "tensorrt" / Path(plan_name(machine, precision)).name
-    data = serialise(tensorrt, graph, settings, cache=cache.with_suffix(".timing"))
+    place = user_cache("tensorrt")
+    cache = place / Path(plan_name(machine, precision)).name if place else None
+    data = serialise(tensorrt, graph, settings, cache=cache and cache.with_suffix(".timing"))
     plan = Plan(
         member=plan_name(machine, precision),
         graph=variant.member,
@@ -310,15 +322,6 @@ def register() -> dict[str, str]:
     ops = ("neighbor_attention", "grid_interpolate")
     modules = [import_module(f"fastad.ops.{op}.tensorrt_impl") for op in ops]
     return {module.NAME.rpartition("_")[0]: module.NAME for module in modules}
-
-
-def cache_folder() -> Path:
-    """Where this user's caches of fastad lie."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastad"
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:

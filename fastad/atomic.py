@@ -1,16 +1,17 @@
-"""Files that appear complete or not at all, whatever happens while they are written."""
+"""Files that appear complete or not at all, whatever happens, and where caches of them lie."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from fastad.errors import EngineError
+from fastad.errors import EngineError, InputError
 
 
 class PartialFile:
@@ -83,6 +84,45 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
         except OSError as error:
             raise unwritable(path, error) from error
     return path
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that could not be written in the end, before the work that fills it.
+
+    Raises:
+        InputError: the folder does not exist, or the name is a folder's.
+        EngineError: the folder cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"out: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise InputError(f"out: expected the name of a file, {path} is a folder")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe
+    beside = path.resolve().with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        beside.touch(exist_ok=False)
+        beside.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def user_cache(part: str) -> Path | None:
+    """This user's folder for what can be made again; None where there is no place for one.
+
+    Below ``$XDG_CACHE_HOME`` or ``~/.cache``, on Windows below ``%LOCALAPPDATA%``. It may not
+    exist yet.
+
+    >>> user_cache("openvino").name
+    'openvino'
+    """
+    given = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+    if Path(given).is_absolute():  # the XDG rule: anything else counts as unset
+        return Path(given) / "fastad" / part
+    try:
+        return Path.home() / ".cache" / "fastad" / part
+    except RuntimeError:
+        return None
 
 
 def unwritable(target: object, error: OSError) -> EngineError:

@@ -35,6 +35,7 @@ app = typer.Typer(
 EXTRAS = dict.fromkeys(("torch", "lightning", "timm", "yaml", "safetensors"), "train") | {
     "onnx": "export",
     "onnxscript": "export",
+    "onnxruntime": "export",
     "tensorrt": "tensorrt",
 }
 PARTLY_FAILED = 3  # exit code: results were written, some images could not be read

@@ -193,6 +193,8 @@ def manifest_tables(manifest: Manifest, path: Path) -> list[Any]:
     }
     for key, value in rows.items():
         facts.add_row(key, escape(value))
+    held = {name: m.size / 1e6 for name, m in manifest.members.items() if m.size >= 50_000}
+    facts.add_row("holds", escape(", ".join(f"{name} {mb:.1f} MB" for name, mb in held.items())))
     parts: list[Any] = [facts]
     for variant in manifest.variants:
         if variant.parity:

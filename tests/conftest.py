@@ -16,7 +16,7 @@ from fastad.predictor import Predictor, load
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled models go to a folder of this session, not to the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 import pytest
 
-from fastad.atomic import PartialFile, write_whole
-from fastad.errors import EngineError
+from fastad.atomic import PartialFile, check_target, write_whole
+from fastad.errors import EngineError, InputError
 
 
 def names(folder: Path) -> list[str]:
@@ -81,3 +81,23 @@ def test_a_device_is_written_in_place() -> None:
     write_whole(Path(os.devnull), lambda file: file.write(b"x"))
     after = Path(os.devnull).stat()
     assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+
+
+def test_target_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; create it first"):
+        check_target(tmp_path / "absent" / "a.engine")
+    with pytest.raises(InputError, match="is a folder"):
+        check_target(tmp_path)
+
+
+def test_checking_a_target_leaves_nothing_and_keeps_what_is_there(tmp_path: Path) -> None:
+    there = tmp_path / "a.engine"
+    there.write_bytes(b"old")
+    check_target(there)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written_is_found_out_first() -> None:
+    with pytest.raises(EngineError, match="cannot be written"):
+        check_target(Path("/proc/a.engine"))

@@ -12,7 +12,7 @@ from fastad.export import export_engine
 from fastad.engine import cuda, opening
 from fastad.engine.container import WEIGHTS, read_engine
 from fastad.engine.opening import GPU_RUNTIMES, open_engine
-from fastad.errors import InputError, UnsupportedError
+from fastad.errors import EngineError, InputError, UnsupportedError
 from fastad.predictor import load
 
 
@@ -88,6 +88,21 @@ def test_pytorch_from_the_file_agrees_with_its_golden_images(engine_with_weights
     bound = 1e-3 * float(np.ptp(golden.anomaly_map))
     np.testing.assert_allclose(maps, golden.anomaly_map, rtol=0, atol=bound)
     np.testing.assert_allclose(scores, golden.raw_score, rtol=0, atol=bound)
+
+
+def test_auto_goes_on_where_a_gpu_runtime_breaks(
+    texture_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise EngineError("pytorch: cuDNN is missing")
+
+    monkeypatch.setattr(opening, "why_engine_unsupported", lambda *_: None)
+    monkeypatch.setattr(opening, "_open", broken)
+    with caplog.at_level(logging.WARNING, "fastad"), load(texture_engine) as predictor:
+        assert predictor.runtime.name == "openvino"
+    assert "should run and does not: pytorch: cuDNN is missing" in caplog.text
+    with pytest.raises(UnsupportedError, match="cuDNN is missing"):
+        load(texture_engine, device="cuda")
 
 
 @pytest.mark.parametrize("runtime", GPU_RUNTIMES)

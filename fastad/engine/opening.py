@@ -13,7 +13,7 @@ from fastad.engine import cuda, onnxruntime_cuda, tensorrt
 from fastad.engine.base import Precision, Runtime
 from fastad.engine.container import WEIGHTS, EngineFile
 from fastad.engine.select import PRECISIONS, RUNTIMES, choose, open_runtime
-from fastad.errors import InputError, UnsupportedError
+from fastad.errors import EngineError, InputError, UnsupportedError
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,12 @@ def why_engine_unsupported(
     engine: EngineFile, runtime: GPURuntime, precision: Precision, device: str
 ) -> str | None:
     """Why this engine cannot run so: what the machine lacks, or the file."""
-    if reason := why_unsupported(runtime, precision, device):
-        return reason
-    manifest = engine.manifest
     if runtime == "tensorrt":
         return tensorrt.why_engine_unsupported(engine, precision, device)
-    if runtime == "pytorch" and WEIGHTS not in manifest.members:
+    if runtime == "pytorch" and WEIGHTS not in engine.manifest.members:
         return "pytorch: the engine holds no weights; export it with --weights"
+    if reason := why_unsupported(runtime, precision, device):
+        return reason
     if runtime == "onnxruntime" and _graph(engine, precision) is None:
         return f"onnxruntime {precision}: not in the engine; export it with --precision {precision}"
     return None
@@ -91,7 +90,14 @@ def open_engine(
         for name in names:
             reason = why_engine_unsupported(engine, name, wanted, on_gpu)
             if reason is None:
-                return _open(engine, name, wanted, on_gpu, threads)
+                try:
+                    return _open(engine, name, wanted, on_gpu, threads)
+                except (EngineError, UnsupportedError) as error:
+                    if runtime != "auto":
+                        raise
+                    # Half an installation, or a full GPU, must not stop what a CPU can do.
+                    reason = str(error)
+                    log.warning("auto: %s should run and does not: %s", name, reason)
             reasons.append(reason)
         if only_gpu:
             raise UnsupportedError("; ".join(reasons))
@@ -107,7 +113,7 @@ def _open(
     engine: EngineFile, runtime: GPURuntime, precision: Precision, device: str, threads: int | None
 ) -> Runtime:
     if precision != "fp32":
-        log.warning("%s %s: the accuracy gate has not judged it on a GPU", runtime, precision)
+        log.warning("%s %s: no accuracy gate has judged it; compare first", runtime, precision)
     if runtime == "tensorrt":
         return tensorrt.open_plan(engine, precision, device)
     if runtime == "onnxruntime":

@@ -16,7 +16,6 @@ import hashlib
 import io
 import os
 import pkgutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import openvino as ov
 
-from fastad.atomic import write_whole
+from fastad.atomic import user_cache, write_whole
 from fastad.errors import EngineError
 
 MAX_BYTES = 1 << 30
@@ -33,18 +32,8 @@ _DIGEST_BYTES = 32
 
 
 def folder() -> Path | None:
-    """Where blobs lie, whether or not it exists; None where there is no place for a user's cache.
-
-    >>> folder().name
-    'openvino'
-    """
-    given = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
-    if Path(given).is_absolute():  # the XDG rule: anything else counts as unset
-        return Path(given) / "fastad" / "openvino"
-    try:
-        return Path.home() / ".cache" / "fastad" / "openvino"
-    except RuntimeError:
-        return None
+    """Where blobs lie, whether or not it exists; None where there is no place for them."""
+    return user_cache("openvino")
 
 
 def blob_path(core: ov.Core, graph: bytes, config: Mapping[str, Any]) -> Path | None:

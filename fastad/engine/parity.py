@@ -66,7 +66,9 @@ def check(report: ParityReport, limit: float = MAP_LIMIT) -> None:
 
 
 def verify(path: str | PathLike[str]) -> tuple[list[ParityReport], list[str]]:
-    """Rerun an engine's golden images on every runtime of this machine, in every precision it has.
+    """Rerun an engine's golden images on every runtime of this machine: CPUs in every precision.
+
+    GPUs run float32 here; a TensorRT plan of another precision is compared when it is built.
 
     float32 must agree with PyTorch to `MAP_LIMIT`; a variant of another precision may differ by
     `FACTOR` times what its own report of the export says. Refused variants are left out.

@@ -134,7 +134,7 @@ def _fastest(variants: Sequence[Variant], runtime: RuntimeName) -> Choice:
 def _check_names(runtime: str, precision: str, device: str) -> None:
     if device not in ("auto", "cpu"):
         raise UnsupportedError(
-            f"device: expected auto or cpu, got {device!r}; this build runs CPUs"
+            f"device: expected auto or cpu, got {device!r}; fastad.load opens engines on GPUs"
         )
     if runtime != "auto" and runtime not in RUNTIMES:
         raise InputError(f"runtime: expected auto, {', '.join(RUNTIMES)}, got {runtime!r}")

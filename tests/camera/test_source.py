@@ -275,8 +275,8 @@ def test_a_finite_mailbox_makes_its_reader_wait_and_closing_frees_it() -> None:
     answers: list[bool] = []
     feeder = threading.Thread(target=lambda: answers.extend(box.put(taken(i)) for i in range(3)))
     feeder.start()
-    feeder.join(0.2)
-    assert feeder.is_alive() and answers == []  # extend takes all three or none
+    feeder.join(0.5)
+    assert feeder.is_alive() and answers == [True, True]
     box.close()
     feeder.join(5)
     assert not feeder.is_alive() and answers == [True, True, False]
