@@ -25,7 +25,7 @@ from fastad.training.checkpoint import Checkpoint, Record, load_checkpoint
 from fastad.training.folder import Sample, load_images, scan
 from fastad.training.progress import Report
 
-from .gate import GateImages, Limits, load_gate_images
+from .gate import Limits, load_gate_images
 from .precision import Candidate, parse_precisions, try_precisions
 from .to_onnx import OPSET, to_onnx
 
@@ -33,6 +33,7 @@ PARITY_IMAGES = 16
 GOLDEN_IMAGES = 2
 RANGE_IMAGES = 32  # normal images that int8's value ranges are measured on
 GATE_IMAGES = 128  # held-out normal images that judge a precision, at most
+MADE: tuple[Precision, ...] = ("int8", "fp16")  # other graphs than float32's
 
 
 def export_engine(
@@ -58,7 +59,8 @@ def export_engine(
         run: Run folder or checkpoint folder.
         out: The ``.engine`` file to write; replaced only when the new one is complete.
         images: Normal images for parity, golden outputs and gate; None takes the run's held-out
-            ones.
+            ones. The gate leaves out what training saw, and where the run's training images are
+            gone, half of the others measure value ranges instead.
         precision: ``fp32``, a list with any of ``bf16``, ``int8``, ``fp16``, or ``auto`` for all
             that may help a CPU. float32 is always there and the default: a call that trains or
             tests models should not spend minutes on a search it did not ask for, nor run another
@@ -74,10 +76,10 @@ def export_engine(
         The path written.
 
     Raises:
-        InputError: no checkpoint, no images, no test images, an unknown precision, or ``out`` has
-            another suffix.
-        UnsupportedError: torch cannot express the method as a graph, or no runtime of this machine
-            has a precision that was asked for by name.
+        InputError: no checkpoint, no images, no test images, an unknown precision, one asked for by
+            name without images that could judge it, or ``out`` has another suffix.
+        UnsupportedError: torch cannot express the method as a graph, no runtime of this machine has
+            a precision that was asked for by name, or onnxruntime's quantizer is missing for it.
         EngineError: parity failed, or the file could not be written.
     """
     out = Path(out)
@@ -85,7 +87,13 @@ def export_engine(
         raise InputError(f"out: expected a name ending in .engine, got {out}")
     check_target(out)
     precisions = parse_precisions(precision)
-    if precision != "auto":
+    by_name = precision != "auto" and list(precision) != ["auto"]
+    if reason := _why_not_made(precisions):
+        if by_name:
+            raise UnsupportedError(reason)
+        _warn(reason)
+        precisions = tuple(p for p in precisions if p not in MADE)
+    if by_name:
         _check_available(precisions)
     tested = scan(test_data, None, mask_folder).test if test_data is not None else ()
     if test_data is not None and not tested:
@@ -93,14 +101,23 @@ def export_engine(
     checkpoint = load_checkpoint(run)
     record, method = checkpoint.record, checkpoint.method
     if record.calibration is None:
-        warnings.warn(
+        _warn(
             f"{checkpoint.path}: not calibrated, the engine will have no threshold; run "
-            "`fastad calibrate` first",
-            FastadWarning,
-            stacklevel=2,
+            "`fastad calibrate` first"
         )
     threshold = record.calibration.pooled.value if record.calibration else None
     normal = _normal_images(checkpoint, images)
+    judging, ranges = _gate_paths(record, normal, tested)
+    if len(precisions) > 1 and not (ranges and (judging or tested)):
+        reason = (
+            f"precision: {', '.join(precisions[1:])} cannot be judged, training saw all the normal "
+            "images there are; train with train.holdout above 0, pass --images with other normal "
+            "ones, or --test-data with labelled ones"
+        )
+        if by_name:
+            raise InputError(reason)
+        _warn(f"{reason}; the engine holds float32 only")
+        precisions = ("fp32",)
     spread = normal[:: max(1, len(normal) // PARITY_IMAGES)][:PARITY_IMAGES]  # over the categories
     pixels = _read(spread, record)
     _tell(report, 1, "PyTorch reference")
@@ -120,12 +137,10 @@ def export_engine(
             parity.check(reports[-1])
     variants = [Variant(MODEL, "fp32", tuple(reports), RUNTIMES)]
     if len(precisions) > 1:
-        held = load_gate_images(
-            _samples(normal[:: -(-len(normal) // GATE_IMAGES)]), tested, record.spec.input
-        )
-        ranges = _range_images(record, held)
+        held = load_gate_images(_samples(judging), tested, record.spec.input)
+        limits = limits or Limits()
         found = try_precisions(
-            graph, precisions, ranges, held, threshold, limits or Limits(), report
+            graph, precisions, _read(ranges, record), held, threshold, limits, report
         )
         try:
             lower = [c for c in found if c.variant.precision != "fp32"]
@@ -147,6 +162,19 @@ def export_engine(
     written = write_engine(out, manifest, members)
     _tell(report, 4, "written")
     return written
+
+
+def _why_not_made(precisions: Sequence[Precision]) -> str:
+    """Why precisions that are written into the graph cannot be made here, or empty."""
+    made = [p for p in precisions if p in MADE]
+    reason = why_unsupported("onnxruntime", "fp32") if made else None
+    if not reason:
+        return ""
+    return f"precision: {', '.join(made)} needs the quantizer of {reason}"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, FastadWarning, stacklevel=3)
 
 
 def _check_available(precisions: Sequence[Precision]) -> None:
@@ -200,13 +228,23 @@ def _read(paths: Sequence[Path], record: Record) -> NDArray[np.uint8]:
     return np.concatenate([batch for batch, _ in batches])
 
 
-def _range_images(record: Record, held: GateImages) -> NDArray[np.uint8]:
-    """Images trained on, so that the gate judges by others; its own where those are gone."""
-    paths = [Path(record.data_root) / name for name in record.fit]
-    paths = paths[:: max(1, len(paths) // RANGE_IMAGES)][:RANGE_IMAGES]
-    if paths and all(path.is_file() for path in paths):
-        return _read(paths, record)
-    return held.pixels[: held.normal][:RANGE_IMAGES]
+def _gate_paths(
+    record: Record, normal: Sequence[Path], tested: Sequence[Sample]
+) -> tuple[list[Path], list[Path]]:
+    """Normal images that judge a precision, and those for its value ranges: none is in both.
+
+    Training saw none of the first and, where they are still there, all of the second; without them
+    the first are shared out.
+    """
+    fit = [Path(record.data_root) / name for name in record.fit]
+    trained = {path.resolve() for path in fit}
+    judging = [path for path in normal if path.resolve() not in trained]
+    judging = judging[:: max(1, -(-len(judging) // GATE_IMAGES))]
+    seen = {path.resolve() for path in (*judging, *(sample.path for sample in tested))}
+    ranges = [path for path in fit if path.is_file() and path.resolve() not in seen]
+    if not ranges:
+        ranges, judging = judging[::2], judging[1::2]
+    return judging, ranges[:: max(1, len(ranges) // RANGE_IMAGES)][:RANGE_IMAGES]
 
 
 def _reference(runtime: PyTorchRuntime, images: NDArray[np.uint8]) -> Outputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from fastad.errors import EngineError, InputError
 from fastad.spec import GateReport, Variant
 from fastad.training.progress import Report
 
-from .gate import BATCH, GateImages, Limits, judge, measure
+from .gate import BATCH, GateImages, Limits, Reference, judge, measure, refer, unusable
 from .quantize import Quantizer
 
 INT8, INT8_ONNXRUNTIME, FLOAT16 = "model.int8.onnx", "model.int8-ort.onnx", "model.fp16.onnx"
@@ -26,6 +27,8 @@ GROUPS = 32  # of neighbouring layers, which the search ranks: bounds it at 32 +
 SEARCH_IMAGES = 4
 TIMED_ROUNDS = 15
 TIMED_SECONDS = 30.0
+QUICK_ROUNDS = 3  # before a search
+QUICK_SECONDS = 5.0
 
 Make = Callable[[Collection[str]], bytes]  # layers to keep in float32 -> graph
 
@@ -104,34 +107,49 @@ def try_precisions(
     if {"int8", "fp16"} & set(precisions):
         _tell(report, "ranges", 1, 1, f"{len(calibration_images)} images")
         quantizer = Quantizer(graph, calibration_images)
-    for name in RUNTIMES:
-        if why_unsupported(name, "fp32"):
-            continue
-        reference = open_runtime(graph, name, "fp32", "cpu", cache=False)
-        own = measure(reference, reference, images, threshold)
-        first = Candidate(reference, Variant(MODEL, "fp32", (), (name,), (own,)), graph)
-        found.append(first)
-        for precision in precisions:
-            if precision == "fp32" or why_unsupported(name, precision):
+    with ExitStack() as opened:  # whatever is raised, nothing stays open
+        for name in RUNTIMES:
+            if why_unsupported(name, "fp32"):
                 continue
-            trial = _Trial(name, precision, reference, images, threshold, limits, report)
-            if precision == "bf16":
-                # OpenVINO decides per operator itself: no layer can be kept in float32
-                found.append(trial.judge(MODEL, lambda kept: graph, ()))
-                continue
-            assert quantizer is not None
-            if precision == "fp16":
-                found.append(trial.judge(FLOAT16, quantizer.float16, ()))
-            else:
-                shared = name == "openvino"
-                make: Make = partial(quantizer.int8, "s8" if shared else "u8")
-                member = INT8 if shared else INT8_ONNXRUNTIME
-                found.append(trial.judge(member, make, quantizer.parts.layers))
-    _time([c for c in found if c.runtime], images.pixels, report)
-    for candidate in found:
-        if candidate.variant.member == INT8_ONNXRUNTIME:
-            _refuse_if_slower(candidate, found)
+            full = open_runtime(graph, name, "fp32", "cpu", cache=False)
+            opened.callback(full.close)
+            reference = refer(full, images)
+            own = measure(full, reference, threshold)
+            found.append(Candidate(full, Variant(MODEL, "fp32", (), (name,), (own,)), graph))
+            for precision in precisions:
+                if precision == "fp32" or why_unsupported(name, precision):
+                    continue
+                trial = _Trial(name, precision, reference, threshold, limits, report)
+                if precision == "bf16":
+                    # OpenVINO decides per operator itself: no layer can be kept in float32
+                    candidate = trial.judge(MODEL, lambda kept: graph, ())
+                else:
+                    assert quantizer is not None
+                    candidate = trial.judge(*_recipe(name, precision, quantizer))
+                opened.callback(candidate.close)
+                found.append(candidate)
+        running = [c for c in found if c.runtime]
+        runtimes = [c.runtime for c in running if c.runtime]
+        spent = _ms_per_image(runtimes, images.pixels, TIMED_ROUNDS, TIMED_SECONDS, report)
+        for candidate, (one, eight) in zip(running, spent, strict=True):
+            timed = replace(candidate.report, ms_batch1=one, ms_batch8=eight)
+            candidate.variant = replace(candidate.variant, gate=(timed,))
+        for candidate in running:
+            if candidate.variant.member == INT8_ONNXRUNTIME:
+                _refuse_if_slower(candidate, running)
+        opened.pop_all()
     return found
+
+
+def _recipe(
+    name: RuntimeName, precision: Precision, quantizer: Quantizer
+) -> tuple[str, Make, Sequence[str]]:
+    """Member, maker and layers that may be kept, of a precision written into the graph."""
+    if precision == "fp16":
+        return FLOAT16, quantizer.float16, ()
+    shared = name == "openvino"
+    make: Make = partial(quantizer.int8, "s8" if shared else "u8")
+    return INT8 if shared else INT8_ONNXRUNTIME, make, quantizer.parts.layers
 
 
 def _refuse_if_slower(candidate: Candidate, found: Iterable[Candidate]) -> None:
@@ -140,11 +158,19 @@ def _refuse_if_slower(candidate: Candidate, found: Iterable[Candidate]) -> None:
     (full,) = (
         c.report for c in found if c.report.runtime == r.runtime and c.report.precision == "fp32"
     )
-    if min(r.ms_batch1 / full.ms_batch1, r.ms_batch8 / full.ms_batch8) >= 1.0:
-        candidate.refuse(
-            f"slower than float32 here: {r.ms_batch1:.1f} against {full.ms_batch1:.1f} ms singly, "
-            f"{r.ms_batch8:.1f} against {full.ms_batch8:.1f} ms per image in a batch of {BATCH}"
-        )
+    own = (r.ms_batch1, r.ms_batch8)
+    if reason := _why_slower(own, (full.ms_batch1, full.ms_batch8)):
+        candidate.refuse(reason)
+
+
+def _why_slower(own: tuple[float, float], full: tuple[float, float]) -> str:
+    """A sentence where neither of two times (at batch 1 and 8) is below float32's, or empty."""
+    if min(own[0] / full[0], own[1] / full[1]) < 1.0:
+        return ""
+    return (
+        f"slower than float32 here: {own[0]:.1f} against {full[0]:.1f} ms singly, "
+        f"{own[1]:.1f} against {full[1]:.1f} ms per image in a batch of {BATCH}"
+    )
 
 
 @dataclass(frozen=True)
@@ -153,42 +179,74 @@ class _Trial:
 
     name: RuntimeName
     precision: Precision
-    reference: Runtime
-    images: GateImages
+    reference: Reference
     threshold: float | None
     limits: Limits
     progress: Report | None
 
     def judge(self, member: str, make: Make, layers: Sequence[str]) -> Candidate:
         """Pass, or pass with layers kept, or a candidate that was refused with the first reason."""
+        most = min(GROUPS, len(layers)) // 2  # with more than half in float32 nothing is gained
+        counts = [2**i for i in range(most.bit_length())]
+        trials = 1 + len(counts)
         first = candidate = self._try(member, make, ())
-        if not first.report.refused:
-            return first
-        reason = first.report.refused
-        if layers:
+        passed, reason = not first.report.refused, first.report.refused
+        if not passed and counts:
+            # each layer kept takes speed: what is not faster now needs no search
+            slower = self._slower(first)
+            first.close()
+            if slower:
+                reason, counts = f"{slower}; and {reason}", []
+        if not passed and counts:
+            self._tell_trial(1, trials)
             ranked = self._ranked(make, layers)
-            count = 1
-            while count <= len(ranked) // 2:  # with more than half in float32 nothing is gained
-                candidate.close()
+            for trial, count in enumerate(counts, 2):
                 kept = {name for group in ranked[:count] for name in group}
                 candidate = self._try(member, make, [n for n in layers if n in kept])
-                if not candidate.report.refused:
-                    return candidate
-                count *= 2
-            reason += (
-                f"; with the {len(candidate.variant.kept)} most sensitive of {len(layers)} layers "
-                f"in float32: {candidate.report.refused}"
-            )
-        candidate.refuse(reason)
+                passed = not candidate.report.refused
+                if passed:
+                    break
+                candidate.close()
+                if trial < trials:
+                    self._tell_trial(trial, trials)
+            if not passed:
+                reason += (
+                    f"; with the {len(candidate.variant.kept)} most sensitive of {len(layers)} "
+                    f"layers in float32: {candidate.report.refused}"
+                )
+        self._tell_trial(trials, trials)
+        if not passed:
+            candidate.refuse(reason)
         return candidate
 
+    def _slower(self, candidate: Candidate) -> str:
+        """Why a search is not worth it, by a few interleaved runs, or empty."""
+        if candidate.runtime is None:
+            return ""
+        runtimes = (candidate.runtime, self.reference.runtime)
+        pixels = self.reference.images.pixels
+        own, full = _ms_per_image(runtimes, pixels, QUICK_ROUNDS, QUICK_SECONDS)
+        return _why_slower(own, full)
+
+    def _tell_trial(self, done: int, total: int) -> None:
+        what = f"{self.name} {self.precision}, trial {done} of {total}"
+        _tell(self.progress, "gate", done, total, what)
+
     def _try(self, member: str, make: Make, kept: Sequence[str]) -> Candidate:
-        what = f"{self.name} {self.precision}" + (f", {len(kept)} kept" if kept else "")
-        _tell(self.progress, "gate", 1, 1, what)
+        """Judge one graph; one that the runtime does not take is refused with its reason."""
         graph = make(kept)
-        runtime = open_runtime(graph, self.name, self.precision, "cpu", cache=False)
-        report = measure(runtime, self.reference, self.images, self.threshold)
-        gate = (judge(report, self.limits),)
+        runtime: Runtime | None = None
+        try:
+            runtime = open_runtime(graph, self.name, self.precision, "cpu", cache=False)
+            report = measure(runtime, self.reference, self.threshold)
+        except BaseException as error:
+            if runtime is not None:
+                runtime.close()
+            if not isinstance(error, EngineError):
+                raise
+            runtime = None
+            report = unusable(self.name, self.precision, self.reference.images, str(error))
+        gate = (judge(report, self.limits, self.reference.images),)
         variant = Variant(member, self.precision, (), (self.name,), gate, tuple(kept))
         return Candidate(runtime, variant, graph)
 
@@ -196,16 +254,19 @@ class _Trial:
         """Groups of neighbouring layers, first the one whose rounding alone moves maps most."""
         parts = np.array_split(np.array(layers, dtype=object), min(GROUPS, len(layers)))
         groups = [tuple(part.tolist()) for part in parts]
-        step = max(1, len(self.images.pixels) // SEARCH_IMAGES)
-        few = self.images.pixels[::step][:SEARCH_IMAGES]
-        expected = self.reference.run(few)[0]
+        pixels = self.reference.images.pixels
+        step = max(1, len(pixels) // SEARCH_IMAGES)
+        few = pixels[::step][:SEARCH_IMAGES]
+        expected = self.reference.maps[::step][:SEARCH_IMAGES]
         errors = []
         for done, group in enumerate(groups, 1):
             graph = make([name for name in layers if name not in group])
             try:
                 runtime = open_runtime(graph, self.name, self.precision, "cpu", cache=False)
-                difference = np.abs(runtime.run(few)[0] - expected)
-                runtime.close()
+                try:
+                    difference = np.abs(runtime.run(few)[0] - expected)
+                finally:
+                    runtime.close()
                 errors.append(float(np.nan_to_num(difference, nan=np.inf).mean()))
             except EngineError:  # the runtime has no kernel for this group alone
                 errors.append(np.inf)
@@ -213,29 +274,35 @@ class _Trial:
         return [groups[i] for i in np.argsort(errors, kind="stable")[::-1]]
 
 
-def _time(
-    candidates: Sequence[Candidate], pixels: NDArray[np.uint8], report: Report | None
-) -> None:
-    """Set ms per image at batch 1 and 8: medians of interleaved runs, so that load hits all."""
+def _ms_per_image(
+    runtimes: Sequence[Runtime],
+    pixels: NDArray[np.uint8],
+    rounds: int,
+    seconds: float,
+    report: Report | None = None,
+) -> list[tuple[float, float]]:
+    """Times at batch 1 and 8 of each runtime: medians of interleaved runs, so that load hits all.
+
+    The limit of time is tested after every run; each combination runs once at least.
+    """
     batches = (pixels[:1], np.resize(pixels, (BATCH, *pixels.shape[1:])))
-    spent: dict[tuple[int, int], list[float]] = {}
+    runs = [(i, k) for i in range(len(runtimes)) for k in range(len(batches))]
+    spent: dict[tuple[int, int], list[float]] = {run: [] for run in runs}
     began = time.perf_counter()
-    for done in range(TIMED_ROUNDS + 1):
-        for i, candidate in enumerate(candidates):
-            assert candidate.runtime is not None
-            for k, batch in enumerate(batches):
-                start = time.perf_counter()
-                candidate.runtime.run(batch)
-                if done:  # the first round warms up
-                    ms = (time.perf_counter() - start) * 1e3 / len(batch)
-                    spent.setdefault((i, k), []).append(ms)
-        _tell(report, "timing", done, TIMED_ROUNDS)
-        if done >= 3 and time.perf_counter() - began > TIMED_SECONDS:
+    for runtime in runtimes:
+        runtime.run(batches[0])  # warms up; the gate has run full batches
+    for n, (i, k) in enumerate(runs * rounds, 1):
+        start = time.perf_counter()
+        runtimes[i].run(batches[k])
+        end = time.perf_counter()
+        spent[i, k].append((end - start) * 1e3 / len(batches[k]))
+        if n >= len(runs) and end - began > seconds:
             break
-    for i, candidate in enumerate(candidates):
-        one, eight = (float(np.median(spent[i, k])) for k in range(2))
-        gate = (replace(candidate.report, ms_batch1=one, ms_batch8=eight),)
-        candidate.variant = replace(candidate.variant, gate=gate)
+        if n % len(runs) == 0 and n < rounds * len(runs):
+            _tell(report, "timing", n // len(runs), rounds)
+    _tell(report, "timing", rounds, rounds)
+    medians = {run: float(np.median(values)) for run, values in spent.items()}
+    return [(medians[i, 0], medians[i, 1]) for i in range(len(runtimes))]
 
 
 def _tell(report: Report | None, stage: str, done: int, total: int, remark: str = "") -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "calibrate",
     "conformal_rank",
     "false_alarm_interval",
+    "false_alarm_refusal",
     "heat_map_scale",
     "needed_count",
     "pred_score",
@@ -213,6 +214,24 @@ def false_alarm_interval(
         raise InputError(f"confidence: expected a value in (0, 1), got {confidence}; try 0.95")
     tail = (1.0 - confidence) / 2
     return _lower_limit(alarms, count, tail), 1.0 - _lower_limit(count - alarms, count, tail)
+
+
+def false_alarm_refusal(rate: float, interval: tuple[float, float], count: int) -> str:
+    """Why a precision may not replace float32 at a threshold, or empty.
+
+    Its false-alarm rate over ``count`` normal images has to lie inside the `false_alarm_interval`
+    of float32's own alarms on the same images.
+
+    >>> false_alarm_refusal(0.02, (0.0, 0.04), 99)
+    ''
+    """
+    low, high = interval
+    if low <= rate <= high:
+        return ""
+    return (
+        f"{rate:.2%} false alarms on {count} normal images, float32's own prove a rate of "
+        f"{low:.2%} to {high:.2%}"
+    )
 
 
 def _lower_limit(k: int, n: int, tail: float) -> float:

@@ -254,6 +254,9 @@ def predict(
     overlays: Annotated[Path | None, typer.Option(help="Folder for heat map images.")] = None,
     maps: Annotated[Path | None, typer.Option(help="Folder for float32 maps (.npy).")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder for masks (.png).")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Videos, camera numbers, rtsp:// addresses.")
+    ] = False,
     device: Device = "auto",
     runtime: Runtime = "auto",
     precision: Precision = "auto",
@@ -267,6 +270,19 @@ def predict(
     from fastad.preprocess import Source, expand
     from fastad.sinks import ImageFolders, LineFile
 
+    if stream:
+        if overlays or maps or masks or out:
+            raise InputError(
+                "--stream: writes JSON lines to stdout; leave out --out, --overlays, --maps and "
+                "--masks"
+            )
+        chosen = {"device": device, "runtime": runtime, "precision": precision}
+        with load(engine, **chosen, threads=threads) as predictor, LineFile(None) as lines:
+            source = sources if len(sources) > 1 else sources[0]
+            options = {"threshold": threshold, "category": category, "value_range": value_range}
+            for each in predictor.stream(source, events=True, **options):
+                lines.write(json.dumps(each.to_dict()))
+        return
     paths = expand(sources)
     folders = ImageFolders(paths, overlays=overlays, maps=maps, masks=masks)
     unreadable: list[str] = []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from numbers import Real
 from os import PathLike
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from fastad.errors import EngineError, FastadError, InputError
 from fastad.prediction import Prediction
 from fastad.preprocess import Color, Frame, Source, ValueRange, collect, to_batch
 from fastad.spec import Manifest, Threshold
+
+if TYPE_CHECKING:
+    from fastad.camera.events import StreamEvent, StreamResult
 
 BATCH = 8  # images per run: larger batches gain nothing on CPUs and cost memory
 
@@ -126,6 +129,21 @@ class Predictor:
         applied = self.threshold_for(category, threshold)
         sources, _ = self._collect(images, color, value_range)
         return self._iterate(sources, threshold, applied, category, on_unreadable)
+
+    def stream(self, source: object, **options: Any) -> Generator[StreamResult | StreamEvent]:
+        """Results of a video, a camera, ``rtsp://``, a folder or an iterable, as frames come.
+
+        Args:
+            source: One of these, or a list of several sources.
+            options: Of `fastad.camera.stream.stream`, such as ``every``, ``color``, ``events``.
+
+        Raises:
+            UnsupportedError: videos and cameras need PyAV: ``pip install 'fastad[camera]'``.
+            InputError: a source or option that cannot be used.
+        """
+        from fastad.camera.stream import stream
+
+        return stream(self, source, **options)
 
     def _collect(
         self, images: object, color: Color, value_range: ValueRange | None

@@ -194,7 +194,7 @@ def test_refuses_data_without_test_images(texture_engine: Path, textures: Textur
     [
         ({"resolution": "full"}, "resolution: expected model or original, got 'full'"),
         ({"categories": ["grian"]}, "did you mean 'grain'"),
-        ({"runtime": "openvinno"}, "runtime: expected auto, openvino"),
+        ({"runtime": "openvinno"}, "runtime: expected auto, tensorrt, pytorch"),
     ],
 )
 def test_refuses_arguments(
@@ -204,11 +204,13 @@ def test_refuses_arguments(
         evaluate(texture_engine, textures.root, **arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"runtime": "openvino"}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "arguments", [{"runtime": "openvino"}, {"precision": "bf16"}, {"device": "cuda"}]
+)
 def test_a_checkpoint_runs_on_pytorch_only(
     texture_run: Path, textures: Textures, arguments: dict[str, str]
 ) -> None:
-    with pytest.raises(InputError, match="a checkpoint runs on pytorch in fp32 only"):
+    with pytest.raises(InputError, match="a checkpoint runs on pytorch in fp32 on the CPU only"):
         evaluate(texture_run, textures.root, **arguments)  # type: ignore[arg-type]
 
 

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastad.engine.opening": BASE | {"fastad.engine"},
     "fastad.engine.pytorch": BASE | {"fastad.engine", "fastad.models", "fastad.ops"},
     "fastad.engine.pytorch_graph": BASE | {"fastad.models"},
-    "fastad.predictor": RUNTIME,
+    "fastad.predictor": RUNTIME | {"fastad.camera"},
     "fastad.sinks": RUNTIME,
     "fastad.doctor": BASE | {"fastad.engine"},
     "fastad.camera": RUNTIME | {"fastad.camera", "fastad.sinks"},
@@ -75,6 +75,7 @@ MAY_NOT_IMPORT = {"fastad.engine": TORCH_SIDE}
 
 # An optional package is imported in files whose name says so.
 NAMED_FOR = {
+    "av": ("source", "loopback"),
     "cv2": ("cv2", "opencv"),
     "onnx": ("onnx", "quantize"),
     "onnxruntime": ("onnxruntime", "quantize"),
@@ -86,12 +87,18 @@ NAMED_FOR = {
 }
 TRAINING_ONLY = {
     *("torch", "torchvision", "lightning", "timm", "safetensors", "yaml"),
-    *("onnx", "onnxscript", "onnxruntime", "skimage", "triton", "tensorrt", "cv2"),
+    *("onnx", "onnxscript", "onnxruntime", "skimage", "triton", "tensorrt", "cv2", "av"),
 }
 # What `pip install fastad` without extras has to import.
 INSTALLED_ALONE = (
     *("fastad", "fastad.cli", "fastad.doctor", "fastad.evaluation", "fastad.predictor"),
-    *("fastad.report", "fastad.sinks", "fastad.engine.parity", "fastad.training.folder"),
+    *(
+        "fastad.camera.stream",
+        "fastad.report",
+        "fastad.sinks",
+        "fastad.engine.parity",
+        "fastad.training.folder",
+    ),
 )
 
 

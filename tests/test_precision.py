@@ -5,27 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
 from fastad.export import Limits, export_engine, precision
-from fastad.export.gate import GateImages, measure
+from fastad.export.engine import _gate_paths
+from fastad.export.gate import GateImages, measure, refer
 from fastad.export.precision import AUTO, _Trial, parse_precisions, try_precisions
 from fastad.export.quantize import Quantizer
-from onnx import numpy_helper
-from textures import Outcome, Textures
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from textures import FALSE_ALARM_RATE, Outcome, Textures
 
 from fastad.engine import select
+from fastad.engine.base import Outputs, Precision, Runtime
 from fastad.engine.container import Golden, read_engine, write_engine
 from fastad.engine.parity import verify
 from fastad.engine.select import choose, open_runtime, why_unsupported
-from fastad.errors import EngineError, InputError, UnsupportedError
+from fastad.errors import EngineError, FastadWarning, InputError, UnsupportedError
+from fastad.evaluation import calibrate_model
 from fastad.predictor import load
-from fastad.spec import GateReport, Manifest, Variant, from_json, to_json
+from fastad.spec import GateReport, InputSpec, Manifest, ModelSpec, Variant, from_json, to_json
+from fastad.training.checkpoint import Record, checkpoint_folder, load_record, save_record
 from fastad.training.folder import Sample
 
 pytestmark = pytest.mark.skipif(
@@ -162,11 +169,21 @@ def test_refuses_unknown_precisions_before_any_work(text: str, tmp_path: Path) -
 
 
 def trial(graph: bytes, images: GateImages, limits: Limits) -> _Trial:
-    reference = open_runtime(graph, "onnxruntime", "fp32", "cpu", threads=1)
-    return _Trial("onnxruntime", "int8", reference, images, None, limits, None)
+    reference = refer(open_runtime(graph, "onnxruntime", "fp32", "cpu", threads=1), images)
+    return _Trial("onnxruntime", "int8", reference, None, limits, None)
 
 
-def test_a_damaged_layer_is_found_kept_and_then_it_passes(graph: bytes, images: GateImages) -> None:
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is timed takes half of float32's time."""
+    monkeypatch.setattr(
+        precision, "_ms_per_image", lambda runtimes, *_: [(1.0, 1.0), (2.0, 2.0)][: len(runtimes)]
+    )
+
+
+def test_a_damaged_layer_is_found_kept_and_then_it_passes(
+    fast: None, graph: bytes, images: GateImages
+) -> None:
     quantizer = Quantizer(graph, images.pixels)
     layers = quantizer.parts.layers
     broken = layers[len(layers) // 2]
@@ -185,9 +202,7 @@ def test_a_damaged_layer_is_found_kept_and_then_it_passes(graph: bytes, images: 
 
     limits = Limits(rank_correlation=-2.0, map_mean=0.03)
     tried = trial(graph, images, limits)
-    first = measure(
-        open_runtime(damaged(), "onnxruntime", "int8", "cpu"), tried.reference, images, None
-    )
+    first = measure(open_runtime(damaged(), "onnxruntime", "int8", "cpu"), tried.reference, None)
     assert first.map_mean > limits.map_mean
     found = tried.judge("model.int8-ort.onnx", damaged, layers)
     assert found.report.refused == ""
@@ -197,7 +212,9 @@ def test_a_damaged_layer_is_found_kept_and_then_it_passes(graph: bytes, images: 
     found.close()
 
 
-def test_what_never_passes_is_refused_with_both_reasons(graph: bytes, images: GateImages) -> None:
+def test_what_never_passes_is_refused_with_both_reasons(
+    fast: None, graph: bytes, images: GateImages
+) -> None:
     steps: list[tuple[str, int, int]] = []
     tried = replace(
         trial(graph, images, NO_LOSS),
@@ -214,7 +231,140 @@ def test_what_never_passes_is_refused_with_both_reasons(graph: bytes, images: Ga
     assert [step for step in steps if step[0] == "sensitivity"] == [
         ("sensitivity", i, 4) for i in range(1, 5)
     ]
-    assert len([step for step in steps if step[0] == "gate"]) == 3  # none, one and two groups kept
+    # none, one and two groups kept
+    assert [step for step in steps if step[0] == "gate"] == [("gate", i, 3) for i in (1, 2, 3)]
+
+
+def test_a_slow_int8_is_refused_before_the_search(
+    monkeypatch: pytest.MonkeyPatch, graph: bytes, images: GateImages
+) -> None:
+    monkeypatch.setattr(precision, "_ms_per_image", lambda *_: [(3.0, 2.0), (1.5, 2.0)])
+    made: list[object] = []
+    steps: list[tuple[str, int, int]] = []
+    quantizer = Quantizer(graph, images.pixels)
+
+    def make(kept: Collection[str]) -> bytes:
+        made.append(kept)
+        return quantizer.int8("u8", kept)
+
+    tried = replace(
+        trial(graph, images, NO_LOSS),
+        progress=lambda s, done, total, _="": steps.append((s, done, total)),
+    )
+    found = tried.judge("model.int8-ort.onnx", make, quantizer.parts.layers)
+    assert len(made) == 1
+    assert steps == [("gate", 3, 3)]
+    assert found.runtime is None
+    assert found.report.refused.startswith(
+        "slower than float32 here: 3.0 against 1.5 ms singly, 2.0 against 2.0 ms per image in a "
+        "batch of 8; and scores of normal images correlate"
+    )
+
+
+class Sleeper:
+    """A runtime whose every run takes ten seconds of a clock that nobody waits for."""
+
+    name = "sleeper"
+    precision: Precision = "int8"
+    now = 0.0
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        Sleeper.now += 10.0
+        self.runs.append(len(images))
+        return np.zeros(images.shape[:3], np.float32), np.zeros(len(images), np.float32)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("seconds", "runs"),
+    [(5.0, ([1, 1, 8], [1, 1, 8])), (65.0, ([1, 1, 8, 1], [1, 1, 8])), (1e9, None)],
+)
+def test_timing_stops_after_the_run_that_passes_the_limit_and_ends_at_its_total(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, runs: tuple[list[int], list[int]] | None
+) -> None:
+    clock = SimpleNamespace(perf_counter=lambda: Sleeper.now)
+    monkeypatch.setattr(precision, "time", clock)
+    steps: list[tuple[str, int, int]] = []
+    both = (Sleeper(), Sleeper())
+    found = precision._ms_per_image(
+        both,
+        np.zeros((3, 4, 4, 3), np.uint8),
+        4,
+        seconds,
+        lambda s, done, total, _="": steps.append((s, done, total)),
+    )
+    assert found == [(10000.0, 1250.0)] * 2
+    expected = runs or ([1] + [1, 8] * 4,) * 2
+    assert (both[0].runs, both[1].runs) == expected
+    assert steps[-1] == ("timing", 4, 4)
+    assert len(steps) == len(set(steps)) == (4 if runs is None else len(steps))
+
+
+def test_a_graph_that_a_runtime_does_not_take_is_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, graph: bytes, images: GateImages
+) -> None:
+    opened: list[Any] = []
+
+    def only_float32(data: bytes, name: str, wanted: str, *rest: Any, **more: Any) -> Runtime:
+        if (name, wanted) == ("onnxruntime", "int8"):
+            raise EngineError("onnxruntime: refuses the graph: no kernel")
+        opened.append(open_runtime(data, name, wanted, *rest, **more))
+        return cast(Runtime, opened[-1])
+
+    monkeypatch.setattr(precision, "open_runtime", only_float32)
+    found = try_precisions(graph, ("int8",), images.pixels, images, None, ANY_LOSS)
+    reports = {(c.report.runtime, c.report.precision): c for c in found}
+    refused = reports["onnxruntime", "int8"]
+    assert refused.report.refused.startswith("onnxruntime: refuses the graph: no kernel")
+    assert (refused.runtime, refused.variant.member) == (None, "model.onnx")
+    assert reports["openvino", "int8"].report.refused == ""
+    for candidate in found:
+        candidate.close()
+
+
+def test_an_interrupted_trial_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch, graph: bytes, images: GateImages
+) -> None:
+    opened: list[Any] = []
+
+    def recorded(*rest: Any, **more: Any) -> Runtime:
+        opened.append(open_runtime(*rest, **more))
+        return cast(Runtime, opened[-1])
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(precision, "open_runtime", recorded)
+    monkeypatch.setattr(precision, "_ms_per_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        try_precisions(graph, ("int8",), images.pixels, images, None, ANY_LOSS)
+    assert len(opened) == 4
+    for runtime in opened:
+        with pytest.raises(EngineError, match="the runtime is closed"):
+            runtime.run(images.pixels[:1])
+
+
+def test_a_run_that_fails_refuses_and_closes(
+    monkeypatch: pytest.MonkeyPatch, graph: bytes, images: GateImages
+) -> None:
+    class Failing(Sleeper):
+        closed = False
+
+        def run(self, images: NDArray[np.uint8]) -> Outputs:
+            raise EngineError("run failed")
+
+        def close(self) -> None:
+            self.closed = True
+
+    failing = Failing()
+    monkeypatch.setattr(precision, "open_runtime", lambda *_, **__: failing)
+    found = trial(graph, images, ANY_LOSS).judge("model.int8-ort.onnx", lambda kept: b"", ())
+    assert (found.report.refused, found.runtime, failing.closed) == ("run failed", None, True)
 
 
 def test_bf16_has_no_layers_to_keep(graph: bytes, images: GateImages) -> None:
@@ -328,6 +478,173 @@ def test_few_held_out_images_refuse_with_their_count(
     with pytest.raises(EngineError, match="5 held-out normal images prove nothing, 8 are needed"):
         load(out, precision="int8", runtime="openvino")
     load(out).close()
+
+
+@pytest.mark.parametrize("asked", ["int8", "fp16", "int8,fp16"])
+def test_without_a_quantizer_a_named_precision_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str
+) -> None:
+    monkeypatch.setattr("fastad.engine.onnxruntime.find_spec", lambda name: None)
+    with pytest.raises(
+        UnsupportedError, match=r"needs the quantizer of onnxruntime: not installed"
+    ):
+        export_engine(tmp_path, tmp_path / "a.engine", precision=asked)
+
+
+def test_without_a_quantizer_auto_leaves_int8_out_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, texture_run: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fastad.engine.onnxruntime.find_spec", lambda name: None)
+    with pytest.warns(FastadWarning, match=r"precision: int8 needs the quantizer of onnxruntime"):
+        out = export_engine(texture_run, tmp_path / "a.engine", precision="auto")
+    with read_engine(out) as engine:
+        assert {v.precision for v in engine.manifest.variants} <= {"fp32", "bf16"}
+        assert engine.manifest.variants[0].gate
+
+
+@pytest.fixture
+def all_trained(texture_run: Path, tmp_path: Path) -> Path:
+    """The run as if training had held nothing out."""
+    run = Path(shutil.copytree(texture_run, tmp_path / "all"))
+    record = load_record(run)
+    save_record(
+        checkpoint_folder(run),
+        replace(record, fit=(*record.fit, *record.holdout), holdout=()),
+    )
+    return run
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["held out", "images"])
+def test_images_of_the_training_judge_no_precision(
+    all_trained: Path, tmp_path: Path, named: bool
+) -> None:
+    record = load_record(all_trained)
+    images = [Path(record.data_root) / name for name in record.fit[:20]] if named else None
+    out = tmp_path / "a.engine"
+    with pytest.raises(InputError, match=r"precision: int8 cannot be judged, training saw all the"):
+        export_engine(all_trained, out, images=images, precision="int8")
+    assert not out.exists()
+    with pytest.warns(FastadWarning, match=r"pass --images with other .* holds float32 only"):
+        export_engine(all_trained, out, images=images, precision="auto")
+    with read_engine(out) as engine:
+        (variant,) = engine.manifest.variants
+        assert (variant.precision, variant.gate) == ("fp32", ())
+
+
+def paths(folder: Path, *numbers: int) -> list[Path]:
+    found = [folder / f"{number}.png" for number in numbers]
+    for path in found:
+        path.touch()
+    return found
+
+
+def test_ranges_and_gate_share_no_image(tmp_path: Path) -> None:
+    spec = ModelSpec("grad", InputSpec((8, 8)), {})
+    held = paths(tmp_path, *range(10, 20))
+    fit = paths(tmp_path, *range(6))
+    record = Record(spec, str(tmp_path), tuple(p.name for p in fit))
+    assert _gate_paths(record, held, ()) == (held, fit)
+    link = tmp_path / "x" / ".." / "3.png"
+    (tmp_path / "x").mkdir()
+    assert _gate_paths(record, [*held, fit[0], link], ()) == (held, fit)
+    tested = [Sample(fit[1], "", False)]
+    assert _gate_paths(record, held, tested) == (held, [fit[0], *fit[2:]])
+    for path in fit:
+        path.unlink()
+    assert _gate_paths(record, held, ()) == (held[1::2], held[::2])
+    assert _gate_paths(replace(record, fit=()), held, ()) == (held[1::2], held[::2])
+
+
+def with_int8(engine_path: Path, out: Path, change: float, calibrated: bool) -> Path:
+    """The engine with ``change`` added to the scores of its shared int8 graph."""
+    with read_engine(engine_path) as engine:
+        manifest = engine.manifest
+        members = {name: engine.member(name) for name in manifest.members}
+    model = onnx.load_from_string(members["model.int8.onnx"])
+    for node in model.graph.node:
+        for i, name in enumerate(node.output):
+            if name == "raw_score":
+                node.output[i] = "score_before"
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(change), "score_change"))
+    last = helper.make_node("Add", ["score_before", "score_change"], ["raw_score"], name="added")
+    model.graph.node.append(last)
+    members["model.int8.onnx"] = model.SerializeToString()
+    if not calibrated:
+        gates = [
+            tuple(replace(r, false_alarm_rate=None, false_alarm_interval=None) for r in v.gate)
+            for v in manifest.variants
+        ]
+        variants = [replace(v, gate=g) for v, g in zip(manifest.variants, gates, strict=True)]
+        manifest = replace(manifest, calibration=None, variants=tuple(variants))
+    return write_engine(out, manifest, members)
+
+
+def int8_of(engine_path: Path) -> tuple[Variant, GateReport]:
+    with read_engine(engine_path) as engine:
+        (variant,) = [
+            v
+            for v in engine.manifest.variants
+            if (v.precision, v.runtimes) == ("int8", ("openvino",))
+        ]
+    return variant, variant.gate[0]
+
+
+@pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "uncalibrated"])
+def test_calibrating_an_engine_judges_its_precisions_again(
+    mixed: Path, textures: Textures, tmp_path: Path, calibrated: bool
+) -> None:
+    off = with_int8(mixed, tmp_path / "off.engine", 1e3, calibrated)
+    assert int8_of(off)[1].refused == ""
+    with pytest.warns(FastadWarning, match="openvino int8 is refused from now on: 100.00% false"):
+        calibrate_model(off, data=textures.calibration, false_alarm_rate=FALSE_ALARM_RATE)
+    variant, report = int8_of(off)
+    assert report.refused.startswith("100.00% false alarms on 48 normal images")
+    assert report.false_alarm_rate == 1.0
+    assert report.false_alarm_interval is not None
+    with read_engine(off) as engine:
+        (full,) = [r for r in engine.manifest.variants[0].gate if r.runtime == "openvino"]
+    assert full.false_alarm_interval == report.false_alarm_interval
+    assert full.false_alarm_rate is not None
+    assert variant.parity[0].decision_flips == round(48 * (1 - full.false_alarm_rate))
+    with load(off, runtime="openvino") as predictor:
+        assert predictor.runtime.precision == "fp32"
+    with pytest.raises(EngineError, match="100.00% false alarms"):
+        load(off, runtime="openvino", precision="int8")
+
+
+def test_a_precision_refused_by_a_calibration_may_pass_the_next(
+    mixed: Path, textures: Textures, tmp_path: Path
+) -> None:
+    off = with_int8(mixed, tmp_path / "off.engine", 1e3, True)
+    with pytest.warns(FastadWarning, match="is refused from now on"):
+        calibrate_model(off, data=textures.calibration, false_alarm_rate=FALSE_ALARM_RATE)
+    back = with_int8(off, tmp_path / "back.engine", 0.0, True)
+    with read_engine(mixed) as engine:
+        graph = engine.member("model.onnx")
+    with read_engine(back) as engine:
+        manifest = engine.manifest
+        members = {name: engine.member(name) for name in manifest.members}
+    members["model.int8.onnx"] = graph  # float32 itself has float32's alarms
+    write_engine(back, manifest, members)
+    calibrate_model(back, data=textures.calibration, false_alarm_rate=FALSE_ALARM_RATE)
+    assert int8_of(back)[1].refused == ""
+    assert int8_of(back)[0].parity[0].decision_flips == 0
+
+
+def test_a_precision_that_this_machine_cannot_judge_is_refused(
+    mixed: Path, textures: Textures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copy(mixed, tmp_path / "copy.engine"))
+
+    def why(wanted: str) -> str | None:
+        return "openvino int8: not on this CPU" if wanted == "int8" else None
+
+    monkeypatch.setattr("fastad.engine.openvino.why_unsupported", why)
+    with pytest.warns(FastadWarning, match="is refused from now on"):
+        calibrate_model(copy, data=textures.calibration, false_alarm_rate=FALSE_ALARM_RATE)
+    report = int8_of(copy)[1]
+    assert report.refused.startswith("the threshold changed after the gate; export again: openvino")
+    assert (report.false_alarm_rate, report.false_alarm_interval) == (None, None)
 
 
 def test_test_data_without_test_images_is_refused(

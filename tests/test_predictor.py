@@ -276,9 +276,9 @@ def test_a_closed_predictor_says_so(texture_engine: Path, image: Path, runtime: 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"runtime": "tensorflow"}, InputError, "expected auto, openvino, onnxruntime, got 'tens"),
-        ({"precision": "fp16"}, InputError, "precision: expected auto, fp32, bf16, got 'fp16'"),
-        ({"device": "cuda"}, UnsupportedError, "device: expected auto or cpu, got 'cuda'"),
+        ({"runtime": "tensorflow"}, InputError, "runtime: expected auto, tensorrt, .*got 'tens"),
+        ({"precision": "int4"}, InputError, "precision: expected auto, fp32, bf16, .*got 'int4'"),
+        ({"device": "tpu"}, InputError, "device: expected cpu, cuda or cuda:N, got 'tpu'"),
         ({"threads": 0}, InputError, "threads: expected at least 1, got 0"),
         ({"runtime": "onnxruntime", "precision": "bf16"}, UnsupportedError, "onnxruntime"),
     ],
