@@ -276,7 +276,36 @@ def judge(report: GateReport, limits: Limits, images: GateImages) -> GateReport:
     return replace(report, refused=_failed_rule(report, limits, images))
 
 
+def _judged_by_labels(r: GateReport, limits: Limits, images: GateImages) -> tuple[bool, bool]:
+    """Whether labels replace the rule on scores, and the one on maps."""
+    scores = (
+        r.image_auroc_change is not None
+        and images.count_labelled() >= MIN_LABELLED
+        and images.one_pair <= limits.auroc_loss
+    )
+    maps = (
+        r.pixel_auroc_change is not None
+        and r.aupro_change is not None
+        and images.count_labelled(masked=True) >= MIN_LABELLED
+    )
+    return scores, maps
+
+
+def too_few(report: GateReport, limits: Limits, images: GateImages) -> str:
+    """Why these images cannot pass any variant, or empty."""
+    normal = int(images.is_normal.sum())
+    if all(_judged_by_labels(report, limits, images)) or normal >= MIN_IMAGES:
+        return ""
+    return (
+        f"{normal} held-out normal images prove nothing, {MIN_IMAGES} are needed; hold out more, "
+        "or pass labelled images with --test-data"
+    )
+
+
 def _failed_rule(r: GateReport, limits: Limits, images: GateImages) -> str:
+    if reason := too_few(r, limits, images):
+        return reason
+    scores_judged, maps_judged = _judged_by_labels(r, limits, images)
     for name, change, limit in (
         ("image AUROC", r.image_auroc_change, max(limits.auroc_loss, images.one_pair)),
         ("pixel AUROC", r.pixel_auroc_change, limits.auroc_loss),
@@ -285,22 +314,6 @@ def _failed_rule(r: GateReport, limits: Limits, images: GateImages) -> str:
         # rounded: a sum of pairs is not exact, and the limit itself is allowed
         if change is not None and not round(change + limit, 9) >= 0:
             return f"{name} changes by {change:+.2f} points, allowed is -{limit:.3g}"
-    normal = int(images.is_normal.sum())
-    scores_judged = (
-        r.image_auroc_change is not None
-        and images.count_labelled() >= MIN_LABELLED
-        and images.one_pair <= limits.auroc_loss
-    )
-    maps_judged = (
-        r.pixel_auroc_change is not None
-        and r.aupro_change is not None
-        and images.count_labelled(masked=True) >= MIN_LABELLED
-    )
-    if not (scores_judged and maps_judged) and normal < MIN_IMAGES:
-        return (
-            f"{normal} held-out normal images prove nothing, {MIN_IMAGES} are needed; hold out "
-            "more, or pass labelled images with --test-data"
-        )
     if not scores_judged and not r.score_rank_correlation >= limits.rank_correlation:
         return (
             f"scores of normal images correlate by rank to {r.score_rank_correlation:.3f}, "
@@ -313,4 +326,5 @@ def _failed_rule(r: GateReport, limits: Limits, images: GateImages) -> str:
         )
     if r.false_alarm_rate is None or r.false_alarm_interval is None:
         return ""
-    return calibration.false_alarm_refusal(r.false_alarm_rate, r.false_alarm_interval, normal)
+    count = int(images.is_normal.sum())
+    return calibration.false_alarm_refusal(r.false_alarm_rate, r.false_alarm_interval, count)

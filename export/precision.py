@@ -18,7 +18,7 @@ from fastad.errors import EngineError, InputError
 from fastad.spec import GateReport, Variant
 from fastad.training.progress import Report
 
-from .gate import BATCH, GateImages, Limits, Reference, judge, measure, refer, unusable
+from .gate import BATCH, GateImages, Limits, Reference, judge, measure, refer, too_few, unusable
 from .quantize import Quantizer
 
 INT8, INT8_ONNXRUNTIME, FLOAT16 = "model.int8.onnx", "model.int8-ort.onnx", "model.fp16.onnx"
@@ -191,6 +191,8 @@ class _Trial:
         trials = 1 + len(counts)
         first = candidate = self._try(member, make, ())
         passed, reason = not first.report.refused, first.report.refused
+        if too_few(first.report, self.limits, self.reference.images):
+            counts = []  # no choice of layers helps
         if not passed and counts:
             # each layer kept takes speed: what is not faster now needs no search
             slower = self._slower(first)

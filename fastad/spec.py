@@ -91,8 +91,8 @@ class GateReport:
     """One runtime and precision against float32 of the same runtime, over real images.
 
     Map differences are relative to the range of the float32 maps. The false-alarm rate is the share
-    of held-out normal images above the calibrated threshold; its interval holds the true rate with
-    95 % confidence as float32 shows it. Changes of AUROC and AUPRO are in points of 0..100,
+    of normal images, held-out and labelled, above the calibrated threshold; its interval holds the
+    true rate with 95 % confidence as float32 shows it. Changes of AUROC and AUPRO are in points of 0..100,
     negative is worse; None without labelled images. Times are of the machine that exported.
     """
 
@@ -102,7 +102,7 @@ class GateReport:
     test_images: int
     map_max: float
     map_mean: float
-    score_rank_correlation: float  # Spearman, over all images
+    score_rank_correlation: float  # Spearman, over normal images
     false_alarm_rate: float | None
     false_alarm_interval: tuple[float, float] | None
     image_auroc_change: float | None

@@ -74,6 +74,9 @@ class OpenVINORuntime:
         try:
             model = _compiled(graph, weights, config, cache)
         except RuntimeError as error:
+            # Ctrl-C within one of our translations comes back as OpenVINO's own error.
+            if "KeyboardInterrupt" in str(error):
+                raise KeyboardInterrupt from None
             raise EngineError(f"openvino: refuses the graph: {_last_line(error)}") from error
         self._model: ov.CompiledModel | None = model
         self._requests: queue.LifoQueue[ov.InferRequest] = queue.LifoQueue()

@@ -99,7 +99,7 @@ def _refusal(variant: Variant, runtime: str) -> str:
     if not reason:
         return ""
     return (
-        f"{runtime} {variant.precision}: refused at export: {reason}; use precision='fp32' or "
+        f"{runtime} {variant.precision}: refused by the gate: {reason}; use precision='fp32' or "
         "'auto', or export again with other images or layers"
     )
 
