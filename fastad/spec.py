@@ -92,8 +92,8 @@ class GateReport:
 
     Map differences are relative to the range of the float32 maps. The false-alarm rate is the share
     of normal images, held-out and labelled, above the calibrated threshold; its interval holds the
-    true rate with 95 % confidence as float32 shows it. Changes of AUROC and AUPRO are in points of 0..100,
-    negative is worse; None without labelled images. Times are of the machine that exported.
+    true rate with 95 % confidence as float32 shows it. Changes of AUROC and AUPRO are in points of
+    0..100, negative is worse; None without labelled images. Times are of the machine that exported.
     """
 
     runtime: str

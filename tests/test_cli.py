@@ -499,3 +499,23 @@ def test_ctrl_c_leaves_no_file(texture_engine: Path, holes: Path, tmp_path: Path
     assert "Traceback" not in errors
     assert files(tmp_path) == ["maps"]
     assert not [name for name in files(maps) if "partial" in name]
+
+
+def test_stream_prints_a_line_per_image_and_the_end(
+    cli: Cli, texture_engine: Path, holes: Path
+) -> None:
+    done = cli("predict", texture_engine, holes, "--stream")
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    results = [line for line in lines if "raw_score" in line]
+    assert len(results) == len(files(holes))
+    assert lines[-1]["event"] == "end"
+
+
+def test_stream_refuses_files_to_write(
+    cli: Cli, texture_engine: Path, holes: Path, tmp_path: Path
+) -> None:
+    done = cli("predict", texture_engine, holes, "--stream", "--maps", tmp_path / "maps")
+    assert done.code == 1
+    assert "--stream: writes JSON lines to stdout" in done.err
+    assert files(tmp_path) == []

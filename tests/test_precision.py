@@ -130,7 +130,8 @@ def test_auto_leaves_out_what_this_machine_cannot_run_and_says_why(
 
 def test_a_refused_precision_raises_the_gates_sentence(able: None) -> None:
     with pytest.raises(
-        EngineError, match=r"openvino int8: refused by the gate: it lost 9 points; use precision='fp3"
+        EngineError,
+        match=r"openvino int8: refused by the gate: it lost 9 points; use precision='fp3",
     ):
         choose(variants(fp32=10.0, int8=-4.0), "auto", "int8", "cpu")
     assert choose(variants(fp32=10.0, int8=-4.0), "auto", "fp32", "cpu").member == "model.onnx"
