@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
 from types import TracebackType
@@ -60,6 +61,15 @@ def load(
         return Predictor(engine.manifest, opened)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What one call of `Predictor.predict` asks for beside its images, checked."""
+
+    applied: Threshold | None  # calibrated, moved to the caller's value if there is one
+    value: float | None  # what decides; None if nothing does
+    category: str | None
+
+
 class Predictor:
     """Turns images into `Prediction` objects. Thread-safe; owns its runtime until `close`."""
 
@@ -96,9 +106,9 @@ class Predictor:
                 cannot be decoded.
             EngineError: the runtime fails, or its score is not finite.
         """
-        applied = self.threshold_for(category, threshold)
+        request = self.request(threshold=threshold, category=category)
         sources, single = self._collect(images, color, value_range)
-        found = list(self._iterate(sources, threshold, applied, category, None))
+        found = list(self._iterate(sources, request, None))
         return found[0] if single else found
 
     __call__ = predict
@@ -126,9 +136,9 @@ class Predictor:
             on_unreadable: Called with each image that cannot be decoded and its error; the image
                 is left out. None raises the error instead.
         """
-        applied = self.threshold_for(category, threshold)
+        request = self.request(threshold=threshold, category=category)
         sources, _ = self._collect(images, color, value_range)
-        return self._iterate(sources, threshold, applied, category, on_unreadable)
+        return self._iterate(sources, request, on_unreadable)
 
     def stream(self, source: object, **options: Any) -> Generator[StreamResult | StreamEvent]:
         """Results of a video, a camera, ``rtsp://``, a folder or an iterable, as frames come.
@@ -154,9 +164,7 @@ class Predictor:
     def _iterate(
         self,
         sources: list[Source],
-        threshold: float | None,
-        applied: Threshold | None,
-        category: str | None,
+        request: Request,
         on_unreadable: Unreadable | None,
     ) -> Iterator[Prediction]:
         for start in range(0, len(sources), BATCH):
@@ -170,16 +178,12 @@ class Predictor:
                         raise
                     on_unreadable(source, error)
             if frames:
-                yield from self._run(frames, threshold, applied, category, began)
+                yield from self.run(frames, request, began)
 
-    def _run(
-        self,
-        frames: list[tuple[Source, Frame]],
-        threshold: float | None,
-        applied: Threshold | None,
-        category: str | None,
-        began: float,
+    def run(
+        self, frames: list[tuple[Source, Frame]], request: Request, began: float
     ) -> list[Prediction]:
+        """Results of decoded frames, for `fastad.camera`; ``began`` is when decoding started."""
         self._check_open()  # it may have been closed between two results
         decoded = time.perf_counter()
         batch = to_batch([frame for _, frame in frames], self.manifest.spec.input.size)
@@ -193,7 +197,7 @@ class Predictor:
                     f"{self.runtime.precision}; run `fastad verify` on the engine"
                 )
         scale = self.manifest.calibration.map_scale if self.manifest.calibration else None
-        value = applied.value if applied else threshold
+        applied = request.applied
         calibrated = [
             calibration.pred_score(raw, applied) if applied else None for raw in scores.tolist()
         ]
@@ -208,8 +212,8 @@ class Predictor:
             Prediction(
                 raw_score=raw,
                 pred_score=score,
-                threshold=value,
-                category=category,
+                threshold=request.value,
+                category=request.category,
                 source=source,
                 orig_shape=frame.size,
                 model_map=model_map,
@@ -220,6 +224,15 @@ class Predictor:
                 frames, maps, scores.tolist(), calibrated, strict=True
             )
         ]
+
+    def request(self, *, threshold: float | None = None, category: str | None = None) -> Request:
+        """Check what a call asks for.
+
+        Raises:
+            InputError: an argument that cannot be used.
+        """
+        applied = self.threshold_for(category, threshold)
+        return Request(applied, applied.value if applied else threshold, category)
 
     def threshold_for(self, category: str | None, value: float | None = None) -> Threshold | None:
         """The calibrated threshold of a category (or pooled), moved to ``value`` if given.

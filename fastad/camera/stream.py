@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING
 
 from fastad.camera.events import Entry, Mailbox, Shot, StreamEvent, StreamResult
 from fastad.camera.source import AnySource, LostError, open_sources
@@ -22,7 +22,7 @@ from fastad.errors import InputError
 from fastad.preprocess import Color, ValueRange
 
 if TYPE_CHECKING:
-    from fastad.predictor import Predictor
+    from fastad.predictor import Predictor, Request
 
 log = logging.getLogger(__name__)
 
@@ -33,40 +33,6 @@ CLOSE_S = 1.0  # how long closing waits for readers; one inside FFmpeg follows a
 OnEvent = Callable[[StreamEvent], object]
 
 
-@overload
-def stream(
-    predictor: Predictor,
-    source: object,
-    *,
-    every: bool = ...,
-    queue: int = ...,
-    threshold: float | None = ...,
-    color: Color = ...,
-    category: str | None = ...,
-    value_range: ValueRange | None = ...,
-    batch: int | None = ...,
-    stall_s: float = ...,
-    reconnect_s: float | None = ...,
-    on_event: OnEvent | None = ...,
-    events: Literal[False] = ...,
-) -> Generator[StreamResult]: ...
-@overload
-def stream(
-    predictor: Predictor,
-    source: object,
-    *,
-    every: bool = ...,
-    queue: int = ...,
-    threshold: float | None = ...,
-    color: Color = ...,
-    category: str | None = ...,
-    value_range: ValueRange | None = ...,
-    batch: int | None = ...,
-    stall_s: float = ...,
-    reconnect_s: float | None = ...,
-    on_event: OnEvent | None = ...,
-    events: bool = ...,
-) -> Generator[StreamResult | StreamEvent]: ...
 def stream(
     predictor: Predictor,
     source: object,
@@ -82,7 +48,7 @@ def stream(
     reconnect_s: float | None = 2.0,
     on_event: OnEvent | None = None,
     events: bool = False,
-) -> Generator[Any]:
+) -> Generator[StreamResult | StreamEvent]:
     """Look at frames as they come, with bounded memory; the `predictor` stays the caller's.
 
     A finite source (folder, pattern, image files, video file, any iterable) gives a result for
@@ -134,7 +100,7 @@ def stream(
     if events and on_event:
         raise InputError("events: expected either events=True or on_event, got both")
     predictor._check_open()
-    predictor.threshold_for(category, threshold)
+    request = predictor.request(threshold=threshold, category=category)
     declared = value_range or predictor.manifest.spec.input.value_range
     sources = open_sources(source, color, declared, stall_s)
     waiting = queue if every else 1
@@ -142,7 +108,7 @@ def stream(
     readers = [Reader(each, waiting if each.live else queue, bell, reconnect_s) for each in sources]
     batches = _Batches(readers, bell, batch or len(readers), stall_s)
     tell = None if events else on_event or _Log()
-    return _results(predictor, batches, threshold, category, tell)
+    return _results(predictor, batches, request, tell)
 
 
 class Reader:
@@ -289,22 +255,16 @@ def _stop_all() -> None:
 def _results(
     predictor: Predictor,
     batches: _Batches,
-    threshold: float | None,
-    category: str | None,
+    request: Request,
     tell: OnEvent | None,
 ) -> Generator[StreamResult | StreamEvent]:
-    applied = predictor.threshold_for(category, threshold)
     try:
         batches.start()
         while entries := batches.next():
             shots = [entry for entry in entries if isinstance(entry, Shot)]
             pairs = [(shot.taken.source, shot.taken.frame) for shot in shots]
             began = time.perf_counter()
-            found = (
-                iter(predictor._run(pairs, threshold, applied, category, began))
-                if pairs
-                else iter(())
-            )
+            found = iter(predictor.run(pairs, request, began) if pairs else ())
             del shots, pairs  # the frames of a batch are not held while its results are used
             entries.reverse()
             while entries:

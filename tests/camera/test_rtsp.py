@@ -30,9 +30,9 @@ def camera() -> Iterator[RtspServer]:
         yield server
 
 
-def open_stream(predictor: Predictor, source: object, **options: object) -> Stream:
-    settings = {"stall_s": STALL_S, "reconnect_s": 0.3, "events": True} | options
-    return stream(predictor, source, **settings)  # type: ignore[call-overload,no-any-return]
+def open_stream(predictor: Predictor, source: object, **options: Any) -> Stream:
+    settings: dict[str, Any] = {"stall_s": STALL_S, "reconnect_s": 0.3, "events": True} | options
+    return stream(predictor, source, **settings)
 
 
 def until(results: Stream, kind: str) -> StreamEvent:
