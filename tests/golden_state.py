@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+_errors: dict[str, dict[str, float]] = {}  # method -> quantity -> what `relative_error` found
 
 
 def load(method: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, np.ndarray]]:
@@ -23,6 +24,22 @@ def load(method: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, 
     state = {k: _value(k, shape, seed) for k, (shape, _) in keys.items()}
     image = np.random.Generator(np.random.PCG64(seed)).standard_normal((batch, 3, size, size))
     return state, torch.from_numpy(image.astype(np.float32)), expected
+
+
+def relative_error(method: str, quantity: str, got: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference / largest value; the end of the test run prints it (`lines`)."""
+    error = float(np.abs(got - expected).max() / np.abs(expected).max())
+    _errors.setdefault(method, {})[quantity] = error
+    return error
+
+
+def lines() -> list[str]:
+    """One line per method compared in this process, its worst quantity first."""
+    return [
+        f"{method}: max relative error "
+        + ", ".join(f"{e:.1e} {q}" for q, e in sorted(errors.items(), key=lambda item: -item[1]))
+        for method, errors in sorted(_errors.items())
+    ]
 
 
 def _value(key: str, shape: list[int], seed: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import golden_state
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,6 @@ from fastad.training.import_checkpoint.grad import grad_from_authors
 
 TINY = BackboneConfig("mobilenetv3_small_050", (1, 2))  # 8 x 8 and 4 x 4 at 64 px
 TOLERANCE = 1e-5  # relative to the largest value: float32 rounding through forty layers
-
-
-def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture(scope="module", params=["grad", "crad"])
@@ -55,16 +50,13 @@ def golden(request: pytest.FixtureRequest):
 )
 def test_features_equal_the_authors(golden, quantity: str) -> None:
     name, found, expected = golden
-    error = relative_error(found[quantity], expected[quantity])
-    print(f"golden {name} {quantity}: max relative error {error:.1e}")
+    error = golden_state.relative_error(name, quantity, found[quantity], expected[quantity])
     assert error < TOLERANCE
 
 
 def test_map_equals_the_authors(golden) -> None:
     name, found, expected = golden
-    error = relative_error(found["pred"], expected["pred"])
-    print(f"golden {name} map: max relative error {error:.1e}")
-    assert error < TOLERANCE
+    assert golden_state.relative_error(name, "map", found["pred"], expected["pred"]) < TOLERANCE
 
 
 def test_golden_state_misses_no_key() -> None:

@@ -89,8 +89,7 @@ def images(model: ReverseDistillation, B: int) -> torch.Tensor:
 )
 def test_agrees_with_authors(authors: Any, outputs: dict[str, np.ndarray], name: str) -> None:
     expected = authors[2][name]
-    error = np.abs(outputs[name] - expected).max() / np.abs(expected).max()
-    print(f"{name}: {error:.1e} of the largest value")
+    error = golden_state.relative_error("rd4ad", name, outputs[name], expected)
     assert error < GOLDEN_RELATIVE
 
 
