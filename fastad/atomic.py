@@ -22,7 +22,7 @@ class PartialFile:
 
     Args:
         path: The file to make or replace.
-        durable: Wait for the disk before the rename, so that a power cut costs nothing.
+        durable: Wait for the disk before and after the rename, so that a power cut costs nothing.
 
     Raises:
         EngineError: on entering or leaving, the folder cannot be made or written, or the disk is
@@ -57,19 +57,35 @@ class PartialFile:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self.durable and kind is None:
+            if self.durable and kind is None and self._beside:  # devices refuse to be flushed
                 self._file.flush()
                 os.fsync(self._file.fileno())
             self._file.close()
             if kind is None and self._beside:
                 self._beside.replace(self._target)
+                if self.durable:
+                    _flush_folder(self._target.parent)
         except OSError as failure:
             if kind is None:  # else the first error says more
                 raise unwritable(self.path, failure) from failure
         finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
             if self._beside:
                 with contextlib.suppress(OSError):
                     self._beside.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a rename on the disk too; file systems that cannot flush a folder do without."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False) -> Path:

@@ -47,6 +47,9 @@ class ModelSpec:
     categories: tuple[str, ...] = ()
     map_rule: str = ""  # how the anomaly map is made, for people
     score_rule: str = ""  # how the raw score is made, for people
+    # The raw score is the largest mean of the map in a window (H, W), at stride 1; 1 x 1 is the
+    # maximum. None in files of versions that did not record it.
+    score_window: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from PIL import Image
 from fastad.engine.container import read_engine
 from fastad.engine.parity import MAP_LIMIT
 from fastad.errors import FastadWarning, InputError
+from fastad.training.import_checkpoint.grad import grad_from_authors
 from fastad.training.import_checkpoint.reader import read_state
 from fastad.training.import_checkpoint.run import import_checkpoint
+from fastad.training.import_checkpoint.uniad import uniad_from_authors
 
 
 @pytest.fixture
@@ -120,6 +122,46 @@ def test_imported_run_exports_like_a_trained_one(tmp_path: Path) -> None:
         worst = max(report.map_max for v in file_.manifest.variants for report in v.parity)
     print(f"imported CRAD, engine against PyTorch: {worst:.1e} of the range")
     assert worst < MAP_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("backbone._blocks", (1,), r"1 unknown \['backbone\.net\._blocks'\]"),
+        ("backbone._blocks.x._bn0.weight", (1,), "1 unknown .*_blocks.x._bn0.weight"),
+        ("backbone._conv_stem", (1,), "1 unknown .*_conv_stem"),
+        ("reconstruction.query.2", (1, 1, 1, 1), "1 unknown .*query.2"),
+        ("reconstruction.query", (1,), "1 unknown .*query"),
+        ("reconstruction.coord.0", (1,), "1 unknown .*coord.0"),
+        ("reconstruction.layer", (1,), "1 unknown .*layer"),
+        (
+            "reconstruction.query.0",
+            (3,),
+            r"query\.0: expected \[1 channels rows columns\], got \[3\]",
+        ),
+        ("reconstruction.query.1", (1, 0, 8, 8), r"query\.1: expected .*, got \[1, 0, 8, 8\]"),
+        ("reconstruction.layer.0.conv.0.weight", (), r"conv\.0\.weight: expected .*, got \[\]"),
+    ],
+)
+def test_names_keys_of_unexpected_form(key: str, shape: tuple[int, ...], message: str) -> None:
+    state, _, _ = golden_state.load("crad")
+    with pytest.raises(InputError, match=message):
+        grad_from_authors({**state, key: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("key", ["transformer.encoder.layers", "transformer.encoder.la.x"])
+def test_names_uniad_keys_of_unexpected_form(key: str) -> None:
+    state, _, _ = golden_state.load("uniad")
+    with pytest.raises(InputError, match=f"1 unknown .*{key}"):
+        uniad_from_authors({**state, f"reconstruction.{key}": torch.zeros(1)})
+
+
+def test_refuses_the_other_origin(tmp_path: Path) -> None:
+    state, _, _ = golden_state.load("crad")
+    torch.save(state, tmp_path / "crad.pth")
+    with pytest.raises(InputError, match=r"holds a crad model, got origin grad; pass crad"):
+        import_checkpoint("grad", tmp_path / "crad.pth", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

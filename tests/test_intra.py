@@ -88,9 +88,6 @@ def each(plain: Any, x: Tensor, y: Tensor) -> np.ndarray:
     return np.stack([plain(a, b) for a, b in pairs]).reshape(x.shape)
 
 
-# --- losses -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("side", [4, 16, 33])
 def test_gms_distance_is_one_minus_the_defined_similarity(side: int) -> None:
     x, y = images(2, 3, side, side), images(2, 3, side, side, seed=1)
@@ -157,9 +154,6 @@ def test_patch_loss_weighs_its_three_terms(gms: float, ssim: float) -> None:
     )
     got = PatchLoss(16, gms, ssim, 1).double()(y, truth).item()
     assert got == pytest.approx(want, rel=1e-6)  # the blur is stored in float32
-
-
-# --- windows ------------------------------------------------------------------------------------
 
 
 def test_patches_are_cut_row_major_in_channel_row_column_order() -> None:
@@ -313,9 +307,6 @@ def test_random_windows_are_uniform_over_corners_and_places() -> None:
         assert chi2 < df + 5 * math.sqrt(2 * df)  # five standard deviations; the seed is fixed
 
 
-# --- network ------------------------------------------------------------------------------------
-
-
 def test_attention_is_softmax_over_each_head_of_projected_tokens() -> None:
     torch.manual_seed(0)
     attention = FeatureAttention(16, 2).double()
@@ -420,9 +411,6 @@ def test_full_size_costs_and_saves_what_sharing_promises(
     assert round(100 * (1 - folded / dense), 1) == gain
 
 
-# --- training -----------------------------------------------------------------------------------
-
-
 def test_augmentation_makes_the_eight_arrangements_and_nothing_else() -> None:
     method = tiny()
     image = images(1, 3, 32, 32).expand(200, -1, -1, -1)
@@ -480,9 +468,6 @@ def test_training_learns_to_paint_stripes(position: Any) -> None:
     assert after < 0.2 * before
 
 
-# --- map ----------------------------------------------------------------------------------------
-
-
 def test_gradient_map_is_pool_blur_resize_and_mean() -> None:
     x, y = images(2, 3, 48, 64), images(2, 3, 48, 64, seed=1)
     d = torch.from_numpy(1 - each(plain_gms, x, y)).mean(1, keepdim=True)
@@ -533,9 +518,6 @@ def test_another_number_of_windows_per_step_keeps_weights_and_result() -> None:
         torch.testing.assert_close(method(image)[0], want, rtol=0, atol=1e-14)
     assert method.state_dict().keys() == keys
     assert (len(method.steps), method.spec.config["windows_per_step"]) == (7, 10)
-
-
-# --- settings -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -613,9 +595,6 @@ def test_recipe_is_600_windows_per_image_in_batches_of_256() -> None:
     assert method.visits_per_epoch * config.windows_per_visit == 600
     assert recipe["train"]["batch"] * config.windows_per_visit == 256
     assert config == published_config("bottle")
-
-
-# --- export -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=POSITIONS)

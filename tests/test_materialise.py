@@ -160,6 +160,12 @@ def test_folders_need_no_preparation(tmp_path: Path) -> None:
         materialise("visa", tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_folders_that_cannot_be_replaced_are_refused(tmp_path: Path, out: str) -> None:
+    with pytest.raises(InputError, match="out: expected the name of a folder to make"):
+        materialise("mnist-oneclass", save_idx(tmp_path / "in"), out)
+
+
 def test_unknown_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"splits: expected some of 01234.*got 0-4"):
         materialise("cifar10-unified", tmp_path, tmp_path / "out", splits=["0-4"])

@@ -18,13 +18,21 @@ import torch
 from PIL import Image
 
 from fastad.errors import EngineError, InputError
-from fastad.models import build
+from fastad.models import Method, build
+from fastad.training import features as features_module
+from fastad.training import fit as fit_module
 from fastad.training import loop as loop_module
 from fastad.training.checkpoint import load_checkpoint
-from fastad.training.features import EpochSampler, ImageData, cache_features
+from fastad.training.features import (
+    EpochSampler,
+    ImageData,
+    cache_features,
+    free_memory_bytes,
+)
 from fastad.training.fit import train
 from fastad.training.folder import scan
 from fastad.training.recipe import Recipe, TrainSettings, dump_recipe, load_recipe, shipped
+from fastad.training.validation import Validation
 
 CONFIG = {
     "backbone": {"name": "mobilenetv3_small_050", "taps": [1, 2]},
@@ -130,12 +138,13 @@ def test_resume_after_sigkill(data: Path, tmp_path: Path) -> None:
     )
     run = tmp_path / "run"
     child = subprocess.Popen([sys.executable, "-c", script, str(data), str(run), str(path)])
-    deadline = time.monotonic() + 120
-    while not (run / "resume.safetensors").is_file():
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    try:
+        while not (run / "resume.safetensors").is_file():
+            assert child.poll() is None
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.wait()
     short = recipe(epochs=len(losses_of(run)) + 1)
     train(data, run, short, weights="random", resume=True)
     assert len(losses_of(run)) == short.train.epochs
@@ -257,7 +266,15 @@ def test_resume_takes_the_runs_own_recipe(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"lr": 1e-2}, "other recipe"), ({"holdout": 0.5}, "other images")]
+    ("changes", "message"),
+    [
+        ({"lr": 1e-2}, r"other recipe, so it cannot go on: train\.lr: 0\.001 then, 0\.01 now$"),
+        (
+            {"groups": {"grid_lr": 0.1, "more": 1.0}},
+            r"train\.groups\.more: unset then, 1\.0 now$",
+        ),
+        ({"holdout": 0.5}, r"other recipe, .* train\.holdout: 0\.25 then, 0\.5 now$"),
+    ],
 )
 def test_resume_refuses_other_settings(
     data: Path, tmp_path: Path, changes: dict[str, float], message: str
@@ -267,6 +284,52 @@ def test_resume_refuses_other_settings(
     with pytest.raises(InputError, match=message):
         train(data, tmp_path / "run", recipe(**changes), weights="random", resume=True)
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_resume_names_the_first_image_that_is_new(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    chosen = recipe(holdout=0.0)
+    stopped_run(copy, tmp_path / "run", chosen)
+    shutil.copyfile(data / "dark/train/good/0.png", copy / "dark/train/good/00.png")
+    message = r"other images, .*: 16 then, 17 now, dark/train/good/00\.png only now$"
+    with pytest.raises(InputError, match=message):
+        train(copy, tmp_path / "run", chosen, weights="random", resume=True)
+
+
+@pytest.mark.parametrize("epochs", [0, 4], ids=["refused later", "trained"])
+def test_reads_the_recipe_of_its_own_folder(data: Path, tmp_path: Path, epochs: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe()))
+    if epochs:
+        train(data, run, run / "recipe.yaml", weights="random")
+    else:
+        with pytest.raises(InputError, match="greater than or equal to 1"):
+            train(data, run, run / "recipe.yaml", weights="random", overrides=["train.epochs=0"])
+    assert load_recipe(run / "recipe.yaml") == recipe()
+
+
+def test_resume_removes_the_feature_cache_of_a_killed_run(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped_run(data, run)
+    (run / "features.killed.bin").write_bytes(b"large")
+    (run / ".0123456789abcdef.partial").write_bytes(b"half")
+    train(data, run, weights="random", resume=True)
+    names = sorted(p.name for p in run.rglob("*") if p.is_file())
+    assert names == ["metrics.csv", "model.json", "model.safetensors", "recipe.yaml"]
+
+
+def test_starts_in_a_folder_where_a_run_was_killed_before_its_first_save(
+    data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("metrics.csv", "recipe.yaml", "features.killed.bin", ".0123.partial"):
+        (run / name).write_bytes(b"left")
+    train(data, run, recipe(epochs=1), weights="random")
+    assert len(losses_of(run)) == 1
+    assert not [p.name for p in run.iterdir() if p.name.startswith((".", "features"))]
 
 
 def test_resume_refuses_fewer_epochs_than_are_done(
@@ -303,6 +366,35 @@ def test_full_disk_leaves_no_feature_cache(
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_file_cache_needs_no_fallocate(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = scan(data).train
+    method = build("grad", CONFIG, weights="random").eval()
+    memory = cache_features(samples, method, "memory", tmp_path)
+    monkeypatch.delattr("os.posix_fallocate", raising=False)  # as on Windows and macOS
+    monkeypatch.setattr(features_module, "_ZEROS", bytes(1000))  # several blocks, the last shorter
+    file = cache_features(samples, method, "file", tmp_path / "cache")
+    assert file.file is not None
+    assert file.file.stat().st_size == sum(4 * level.numel() for level in file.levels)
+    assert torch.equal(memory.levels[0], file.levels[0])
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [("1000000", "400000", 600000), ("1000000", "1200000", 0), ("max", "1", None)],
+)
+def test_memory_of_a_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: str, expected: int | None
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    monkeypatch.setattr(features_module, "CGROUP", tmp_path)
+    monkeypatch.setattr(features_module, "_system_free_bytes", lambda: 1 << 40)
+    assert free_memory_bytes() == (1 << 40 if expected is None else expected)
+
+
 def test_ctrl_c_reaches_the_caller(data: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int, remark: str = "") -> None:
         if stage == "train" and done == 2:
@@ -315,11 +407,73 @@ def test_ctrl_c_reaches_the_caller(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "resume.safetensors").is_file()
 
 
-def test_patience_ends_training_with_the_best_epoch(data: Path, tmp_path: Path) -> None:
-    settings = {"epochs": 60, "lr": 0.5, "gradient_clip": 0.0, "step_epochs": None}
-    early = recipe(validation_fraction=0.3, patience=2, **settings)
-    train(data, tmp_path / "run", early, weights="random")
-    assert 3 <= len(losses_of(tmp_path / "run")) < 60
+EARLY = recipe(
+    epochs=60, lr=0.5, gradient_clip=0.0, step_epochs=None, validation_fraction=0.3, patience=2
+)
+
+
+def test_patience_ends_training_with_the_best_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Validation.measure
+    epochs: list[tuple[float, dict[str, torch.Tensor]]] = []
+
+    def recorded(self: Validation, method: Method, device: torch.device) -> float:
+        loss = measure(self, method, device)
+        epochs.append((loss, {k: v.clone() for k, v in method.state_dict().items()}))
+        return loss
+
+    monkeypatch.setattr(Validation, "measure", recorded)
+    train(data, tmp_path / "run", EARLY, weights="random")
+    assert 3 <= len(losses_of(tmp_path / "run")) == len(epochs) < 60
+    validation = [loss for loss, _ in epochs]
+    assert min(validation) == validation[-3] < validation[-1]  # patience is 2
+    saved, last = weights_of(tmp_path / "run"), epochs[-1][1]
+    assert all(torch.equal(saved[k], v) for k, v in epochs[-3][1].items())
+    assert not all(torch.equal(saved[k], v) for k, v in last.items())
+
+
+def test_resume_does_not_train_on_after_patience(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(data, tmp_path / "whole", EARLY, weights="random")
+
+    def full(*_: object) -> None:
+        raise EngineError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "save_checkpoint", full)
+        with pytest.raises(EngineError, match="disk full"):
+            train(data, tmp_path / "run", EARLY, weights="random")
+    before = (tmp_path / "run" / "metrics.csv").read_text()
+    train(data, tmp_path / "run", weights="random", resume=True)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == before
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "run")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_validation_sees_every_category(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for category in ("a", "b", "c"):
+        folder = tmp_path / "data" / category / "train" / "good"
+        folder.mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = {"epochs": 1, "holdout": 0.0, "validation_fraction": 0.5}
+    done = train(tmp_path / "data", tmp_path / "run", recipe(**settings), weights="random")
+    every = {f"{c}/train/good/{i}.png" for c in "abc" for i in range(24)}
+    kept = sorted(every - set(done.record.fit))
+    assert len(kept) == 20  # of the 36 asked for; the others are trained on
+    assert {name[0] for name in kept} == set("abc")
+
+
+@pytest.mark.parametrize("images", [7, 64, 65, 72, 127, 300])
+def test_constants_are_fixed_on_images_of_the_whole_set(images: int) -> None:
+    chosen = fit_module._spread(images, fit_module.ADAPT_IMAGES)
+    assert len(set(chosen)) == len(chosen) == min(images, 64)
+    assert chosen[0] == 0
+    assert images - chosen[-1] <= -(-images // 64)
 
 
 def test_never_trains_on_a_silently_random_backbone(data: Path, tmp_path: Path) -> None:

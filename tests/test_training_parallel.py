@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 from textures import Textures
+from torch import nn
 
-from fastad.errors import InputError
+from fastad.errors import InputError, UnsupportedError
 from fastad.training import loop as loop_module
 from fastad.training.checkpoint import load_checkpoint
 from fastad.training.features import BatchParts, EpochSampler
 from fastad.training.fit import train
+from fastad.training.layers import share_statistics
 from fastad.training.processes import Processes, processes
 from fastad.training.recipe import Recipe, TrainSettings, dump_recipe
 
@@ -98,9 +101,11 @@ def arguments(data: Path, run: Path, chosen: Recipe, folder: Path) -> list[objec
     return ["train", data, "--out", run, "--recipe", path, "--weights", "random", "--json"]
 
 
-def test_two_processes_equal_one(textures: Textures, tmp_path: Path) -> None:
-    train(textures.root, tmp_path / "one", UNIAD, weights="random")
-    given = arguments(textures.root, tmp_path / "two", UNIAD, tmp_path)
+@pytest.mark.parametrize("start", ["published", "local"])  # local: weights follow from images
+def test_two_processes_equal_one(textures: Textures, tmp_path: Path, start: str) -> None:
+    chosen = replace(UNIAD, config=UNIAD.config | {"start": start})
+    train(textures.root, tmp_path / "one", chosen, weights="random")
+    given = arguments(textures.root, tmp_path / "two", chosen, tmp_path)
     out = run_command([sys.executable, "-m", "fastad", *given, "--devices", 2])
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert json.loads(out)["method"] == "uniad"
@@ -145,15 +150,17 @@ def test_refusal_of_another_process_is_the_callers(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for i in range(72):
         Image.fromarray(np.full((64, 64, 3), 3 * i, np.uint8)).save(folder / f"{i:02}.png")
-    # The first process adapts to images 0..63 and gets the other half of the first batch.
+    # The first process adapts to 64 images and gets the other half of the first batch.
+    adapted = {i * 72 // 64 for i in range(64)}
     seed, broken = next(
-        (seed, max(part))
+        (seed, i)
         for seed in range(100)
-        if max(part := next(iter(BatchParts(EpochSampler(72, seed), 8, 1, 2)))) >= 64
+        for i in next(iter(BatchParts(EpochSampler(72, seed), 8, 1, 2)))
+        if i not in adapted
     )
     (folder / f"{broken:02}.png").write_bytes(b"not an image")
     chosen = recipe("uniad", cache="none", holdout=0.0, seed=seed)
-    with pytest.raises(InputError, match=rf"{broken}\.png"):
+    with pytest.raises(InputError, match=rf"{broken:02}\.png"):
         train(tmp_path / "data", tmp_path / "run", chosen, weights="random", devices=2)
 
 
@@ -197,6 +204,16 @@ def test_parts_are_the_batch(images: int, size: int) -> None:
         mean = sum(w * values[i].mean() for i, w in zip(split, weights, strict=True)) / size
         assert mean == pytest.approx(values[whole[step]].mean())
     assert all(len(part) == len(whole) for part in parts)
+
+
+def test_refuses_batch_normalisation_that_would_see_a_part() -> None:
+    class Other(nn.BatchNorm2d):
+        pass
+
+    method: Any = nn.Sequential(nn.Conv2d(3, 4, 1), Other(4))
+    with pytest.raises(UnsupportedError, match="1: Other in several processes"):
+        share_statistics(method.train(), torch.device("cpu"))
+    share_statistics(method.eval(), torch.device("cpu"))  # frozen: no statistics of a batch
 
 
 def test_a_single_process_needs_no_connection() -> None:

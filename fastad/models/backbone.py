@@ -9,6 +9,7 @@ carries one more normalisation and ReLU behind its stem than timm's `resnetv2_50
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,8 @@ def efficientnet_to_timm(state: Mapping[str, Tensor], net: nn.Module) -> dict[st
     Args:
         state: Tensors of the original layout, without any prefix.
         net: The timm network, whose stage lengths place the flat block numbers; keys of blocks
-            beyond its last one, and of the classifier, are left out.
+            beyond its last one, and of the classifier, are left out. A key of unexpected form
+            stays, and is reported as unknown.
     """
     places = [(stage, i) for stage, blocks in enumerate(_blocks(net)) for i in range(len(blocks))]
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -208,17 +210,22 @@ def efficientnet_to_timm(state: Mapping[str, Tensor], net: nn.Module) -> dict[st
         "_bn2": "bn3",
     }
     gates = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+    stems = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
+    classifier = ("_conv_head.", "_bn1.", "_fc.")
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] in ("_conv_stem", "_bn0"):
-            renamed[{"_conv_stem": "conv_stem", "_bn0": "bn1"}[parts[0]] + "." + parts[1]] = value
-        elif parts[0] == "_blocks" and int(parts[1]) < len(places):
-            stage, i = places[int(parts[1])]
-            has_expansion = f"_blocks.{parts[1]}._expand_conv.weight" in state
+        stem = re.fullmatch(r"(_conv_stem|_bn0)\.(\w+)", key)
+        block = re.fullmatch(r"_blocks\.(\d{1,4})\.(\w+)\.(\w+)", key)
+        if stem:
+            renamed[f"{stems[stem[1]]}.{stem[2]}"] = value
+        elif block is None:
+            if not key.startswith(classifier):
+                renamed[key] = value
+        elif (number := int(block[1])) < len(places):
+            stage, i = places[number]
+            has_expansion = f"_blocks.{number}._expand_conv.weight" in state
             names = gates | (expanded if has_expansion else plain)
-            layer = names.get(parts[2], parts[2])  # an unknown one stays, and is reported
-            renamed[".".join((f"blocks.{stage}.{i}", layer, *parts[3:]))] = value
+            renamed[f"blocks.{stage}.{i}.{names.get(block[2], block[2])}.{block[3]}"] = value
     return renamed
 
 

@@ -142,6 +142,7 @@ class Grad(Method):
         "21 x 21 mean"
     )
     score_rule = "maximum of the 32 x 32 mean of the anomaly map"
+    score_window = (POOL_PX, POOL_PX)
     # 8 bits of bfloat16 would place a coordinate to 1/32 of a node.
     float32_parts = ("local_coord", "global_coord")
 

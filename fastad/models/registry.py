@@ -43,6 +43,8 @@ class Method(nn.Module, ABC):
 
     config: Any
     input: InputSpec
+    # `score_rule` in numbers: the largest mean of the map in a window (H, W); 1 x 1 is its maximum.
+    score_window: tuple[int, int] = (1, 1)
 
     @abstractmethod
     def features(self, image: Tensor) -> Features:
@@ -92,6 +94,7 @@ class Method(nn.Module, ABC):
             config=pydantic.TypeAdapter(type(self.config)).dump_python(self.config, mode="json"),
             map_rule=self.map_rule,
             score_rule=self.score_rule,
+            score_window=self.score_window,
         )
 
 
@@ -154,15 +157,36 @@ def rebuild(spec: ModelSpec, state: Mapping[str, Tensor], source: str) -> Method
         InputError: keys or shapes of ``state`` differ from what the settings ask for.
     """
     method = build(spec.method, spec.config, weights="none")
-    own = method.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or unknown or shapes:
-        raise InputError(
-            f"{source}: weights do not fit {spec.method}: {len(missing)} keys missing "
-            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape "
-            f"{shapes[:3]}; the checkpoint is damaged or belongs to other settings"
-        )
-    method.load_state_dict(dict(state))
+    load_exactly(
+        method,
+        state,
+        f"{source}: weights do not fit {spec.method}",
+        "; the checkpoint is damaged or belongs to other settings",
+    )
     method.input = spec.input
     return method.eval()
+
+
+def load_exactly(
+    method: Method, state: Mapping[str, Tensor], label: str, way_out: str = ""
+) -> None:
+    """Load weights, every one that the method has and no other.
+
+    Args:
+        method: Changed in place, to values of its own dtypes.
+        state: Tensors by the method's keys.
+        label: Begins the message of a refusal.
+        way_out: Ends it.
+
+    Raises:
+        InputError: keys are missing, left over or of another shape; the message names them.
+    """
+    own = method.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or unknown or shapes:
+        raise InputError(
+            f"{label}: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown "
+            f"{unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}{way_out}"
+        )
+    method.load_state_dict(dict(state))

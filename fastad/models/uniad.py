@@ -213,6 +213,7 @@ class Uniad(Method):
         self.input = InputSpec(config.size, self.config.mean, self.config.std)
         self.C = sum(self.backbone.channels)
         self.grid = H, W = config.grid
+        self.score_window = (POOL_PX, POOL_PX) if config.image_score == "max" else config.size
 
         self.project_in = nn.Linear(self.C, config.width)
         self.column_table = nn.Parameter(torch.empty(W, config.width // 2))
@@ -221,9 +222,10 @@ class Uniad(Method):
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.width)
         self.project_out = nn.Linear(config.width, self.C)
-        for axis, n_out, n_in in zip("hw", config.size, self.grid, strict=True):
+        for axis, n_out, n_in, window in zip(
+            "hw", config.size, self.grid, self.score_window, strict=True
+        ):
             to_map = bilinear_matrix(n_out, n_in, align_corners=True)
-            window = POOL_PX if config.image_score == "max" else n_out
             to_pooled = mean_pool_matrix(n_out, window) @ to_map
             for name, matrix in ((f"map_{axis}", to_map), (f"pooled_{axis}", to_pooled)):
                 buffer = torch.from_numpy(matrix.astype(np.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise EngineError(f"{folder / WEIGHTS}: damaged ({error}); train again") from error
-    return Checkpoint(folder, rebuild(record.spec, state, str(folder)), record)
+    method = rebuild(record.spec, state, str(folder))
+    # Earlier versions did not record it.
+    spec = replace(record.spec, score_window=method.score_window)
+    return Checkpoint(folder, method, replace(record, spec=spec))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -120,6 +123,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            return {k: file.get_tensor(k) for k in file.keys()}, metadata  # noqa: SIM118
+            names = file.keys()  # a safetensors file is no dict that could be iterated over
+            return {name: file.get_tensor(name) for name in names}, metadata
     except SafetensorError as error:
-        raise EngineError(f"{path}: damaged ({error}); delete it to start over") from error
+        raise EngineError(f"{path}: damaged ({error}); start over in a new folder") from error

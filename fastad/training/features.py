@@ -26,6 +26,7 @@ from fastad.training.folder import Sample, load_images
 from fastad.training.processes import Processes
 
 CACHE_BATCH = 16  # images per backbone call while filling the cache
+_ZEROS = bytes(1 << 20)
 MEMORY_SHARE = 0.4  # of the memory that is free; beyond it the cache goes to a file
 
 Progress = Callable[[int, int], None]  # done, total
@@ -85,8 +86,20 @@ class FeatureData(Dataset[Features]):
             self.file.unlink(missing_ok=True)
 
 
+CGROUP = Path("/sys/fs/cgroup")  # where a container finds the limits that it runs under
+
+
 def free_memory_bytes() -> int:
-    """Memory that can be had without swapping, as far as this system tells."""
+    """Memory that can be had without swapping, as far as this system and its container tell."""
+    free = _system_free_bytes()
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # not version 2, or "max": no limit
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def _system_free_bytes() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -184,7 +197,11 @@ def _reserve(folder: Path, size_bytes: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix="features.", suffix=".bin")
         try:
-            os.posix_fallocate(handle, 0, size_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size_bytes)
+            else:  # Windows, macOS
+                for start in range(0, size_bytes, len(_ZEROS)):
+                    os.write(handle, _ZEROS[: size_bytes - start])
         finally:
             os.close(handle)
     except OSError as error:

@@ -42,7 +42,7 @@ from fastad.training.recipe import (
     settings_of,
 )
 from fastad.training.run_folder import check_identity, check_run, identity_of
-from fastad.training.validation import Validation
+from fastad.training.validation import MEASURE_BATCH, Validation
 
 DEFAULT_RECIPE = "grad.paper"
 VALIDATION_MOST = 20  # images
@@ -64,7 +64,8 @@ def train(
 ) -> Checkpoint:
     """Train on the normal images below ``data``; all categories share one model.
 
-    Only normal training images are read. The weights of the last epoch are the result.
+    Only normal training images are read. The result is the weights of the last epoch, or with
+    ``train.validation_fraction`` those of the best one.
 
     Args:
         data: MVTec-style root, one category of it, or a plain folder of normal images.
@@ -160,7 +161,7 @@ def _train(
     def finish() -> str:
         method.eval().to(group.device)
         with torch.no_grad():
-            method.finish(ImageData(fit, method).batches(settings.batch))
+            method.finish(ImageData(fit, method).batches(min(settings.batch, MEASURE_BATCH)))
         record = Record(
             spec=replace(method.spec, categories=folder.categories),
             data_root=str(folder.root.resolve()),
@@ -184,7 +185,7 @@ def _checked_recipe(
     processes: int,
 ) -> str:
     """YAML of the recipe, once the run folder and the number of processes are known to fit."""
-    check_run(run, resume)
+    check_run(run, resume)  # first: without a state to resume, its recipe may be missing too
     chosen = _recipe(recipe, overrides, run, resume)
     if chosen.train.batch % processes:
         raise InputError(
@@ -221,7 +222,15 @@ def _split_validation(
     if not settings.validation_fraction:
         return fit, []
     rest, kept = split_holdout(fit, settings.validation_fraction, settings.seed + 1)
-    return [*rest, *kept[VALIDATION_MOST:]], list(kept[:VALIDATION_MOST])
+    chosen = set(_spread(len(kept), VALIDATION_MOST))  # they come category by category
+    back = [sample for i, sample in enumerate(kept) if i not in chosen]
+    return [*rest, *back], [kept[i] for i in sorted(chosen)]
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """At most so many of the indices below ``n``, evenly spaced."""
+    count = min(n, most)
+    return [i * n // count for i in range(count)]
 
 
 def _build(recipe: Recipe, weights: str, group: Processes) -> Method:
@@ -250,7 +259,7 @@ def _training_data(
     config = TypeAdapter(type(method.config))
 
     def adapted() -> str:
-        sample = list(range(0, len(fit), max(1, len(fit) // ADAPT_IMAGES)))[:ADAPT_IMAGES]
+        sample = _spread(len(fit), ADAPT_IMAGES)
         with torch.no_grad():
             method.adapt(method.features(images.__getitems__(sample)))
         return config.dump_json(method.config).decode()

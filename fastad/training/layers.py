@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fastad.errors import UnsupportedError
 from fastad.models.registry import Features, Method
 
 LAYERS = frozenset({F.linear, F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention})
@@ -105,11 +107,19 @@ def share_statistics(method: Method, device: torch.device) -> None:
     Args:
         method: In train mode; its frozen layers, which are not, stay as they are.
         device: Where it will train.
+
+    Raises:
+        UnsupportedError: a kind of batch normalisation that neither form here computes.
     """
     for module in list(method.modules()):
         for name, child in module.named_children():
-            if not (isinstance(child, nn.BatchNorm2d) and child.training):
+            if not child.training or not isinstance(child, _BatchNorm):
                 continue
+            if type(child) is not nn.BatchNorm2d:
+                raise UnsupportedError(
+                    f"{name}: {type(child).__name__} in several processes would see one part of "
+                    "the batch; use torch.nn.BatchNorm2d, or train in one process"
+                )
             if device.type == "cuda":
                 convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
                 setattr(module, name, convert(child))

@@ -175,7 +175,7 @@ def run_epochs(
             f"{run}: {first_epoch} epochs are done, train.epochs is {settings.epochs}; ask for at "
             "least as many"
         )
-    if first_epoch == settings.epochs:
+    if first_epoch == settings.epochs or validation.waited >= settings.patience:
         return rows
     order = EpochSampler(len(cast(Any, data)), settings.seed, first_epoch, method.visits_per_epoch)
     batches = BatchParts(order, settings.batch, group.rank, group.size)

@@ -61,6 +61,8 @@ def materialise(
         EngineError: ``out`` cannot be written.
     """
     protocol, root, out = find_protocol(name), Path(root), Path(out)
+    if out.name in ("", ".."):  # it is renamed into place, which such a name cannot be
+        raise InputError(f"out: expected the name of a folder to make, got {out}; pass {out}/NAME")
     classes = protocol.classes
     if classes is None:
         raise InputError(f"{name}: needs no preparation, pass {root} itself to train and evaluate")

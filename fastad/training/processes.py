@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # C++ names
 from torch.distributed.rendezvous import rendezvous
 
 from fastad.errors import EngineError, FastadError, InputError, UnsupportedError
@@ -193,7 +193,7 @@ def _started(size: int, request: Mapping[str, Any]) -> Iterator[Processes]:
                 process.wait(END_S)
     except FastadError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever gloo, NCCL or the store says when its peer is gone
         raise _cause(store, others) or error from None
     finally:
         torch.set_num_threads(before)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fastad.errors import InputError
 from fastad.training.checkpoint import load_tensors
 from fastad.training.loop import RESUME
 from fastad.training.recipe import Recipe, settings_of
 
+# A run that failed before its first save leaves these, and nobody would miss them.
+LEFT_OVER = ("recipe.yaml", "metrics.csv", "features.*.bin", ".*.partial")
+SCRATCH = LEFT_OVER[2:]  # of a process that was killed; the other files are the user's to keep
+UNSET = "unset"
+
 
 def check_run(run: Path, resume: bool) -> None:
-    """Refuse a folder in use, or with nothing to resume; clear what a failed start left.
+    """Refuse a folder in use, or with nothing to resume; clear what a killed process left.
 
     Raises:
         InputError: either of them.
@@ -21,15 +27,15 @@ def check_run(run: Path, resume: bool) -> None:
         raise InputError(f"{run}: expected a folder, it is a file; choose another --out")
     if resume and not (run / RESUME).is_file():
         raise InputError(f"{run}: nothing to resume, expected {RESUME} in it")
-    left = [p for p in run.iterdir() if not resume] if run.exists() else []
-    # A run that failed before its first epoch leaves nothing that anybody would miss.
-    if any(p.name != "recipe.yaml" and not p.match("features.*.bin") for p in left):
+    found = list(run.iterdir()) if run.exists() else []
+    if not resume and not all(any(p.match(name) for name in LEFT_OVER) for p in found):
         raise InputError(
             f"{run}: expected a new or empty folder; choose another --out, or --resume a run "
             "that was killed"
         )
-    for path in left:
-        path.unlink()
+    for path in found:
+        if any(path.match(name) for name in SCRATCH):
+            path.unlink()
 
 
 def identity_of(
@@ -63,10 +69,32 @@ def check_identity(run: Path, identity: str) -> str:
             f"{run}: was started with train.epochs={epochs}, and its learning rates follow from "
             "that number (schedule cosine, or a warm-up); resume with the same, or start anew"
         )
-    for key in now:
+    for key in sorted(now, key=lambda key: key == "images"):  # settings choose the images
         if before[key] != now[key]:
-            old, new = (str(v)[:200] for v in (before[key], now[key]))
             raise InputError(
-                f"{run}: was started with other {key}, so it cannot go on: {old} then, {new} now"
+                f"{run}: was started with other {key}, so it cannot go on: "
+                f"{_difference(before[key], now[key])}"
             )
     return identity
+
+
+def _difference(before: Any, now: Any) -> str:
+    """The first thing that differs between two JSON values, in a sentence."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        old, new = _flat(before), _flat(now)
+        key = next(k for k in {**old, **new} if old.get(k, UNSET) != new.get(k, UNSET))
+        return f"{key}: {old.get(key, UNSET)} then, {new.get(key, UNSET)} now"
+    if isinstance(before, list) and isinstance(now, list):
+        names = sorted(set(before) ^ set(now))
+        first = f", {names[0]} only {'then' if names[0] in before else 'now'}" if names else ""
+        return f"{len(before)} then, {len(now)} now{first}"
+    return f"{before} then, {now} now"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings under keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inside = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inside or {f"{prefix}{key}": value}
+    return flat

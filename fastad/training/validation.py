@@ -12,6 +12,10 @@ from torch.utils.data import Dataset
 from fastad.models.registry import Features, Method
 from fastad.training.processes import Processes
 
+# Images per call where no gradient needs the recipe's batch. InTra compares all windows of an
+# image at once: 32 images of 320 px, its published batch, would take some 14 GB.
+MEASURE_BATCH = 4
+
 
 class Validation(pl.Callback):
     """Measures the loss after each epoch, remembers the best weights, stops when patience ends.
@@ -20,7 +24,7 @@ class Validation(pl.Callback):
 
     Args:
         data: Images or features to validate on; batches come from ``__getitems__``.
-        batch: Images per step.
+        batch: Images per training step; validation takes `MEASURE_BATCH` at most.
         patience: Epochs without a better loss after which training stops.
         group: The processes that train together: each measures its part, and all decide alike.
     """
@@ -50,7 +54,7 @@ class Validation(pl.Callback):
         """Mean loss over the validation images, in eval mode; the same number in each process."""
         method.eval()
         total, N = 0.0, len(cast(Any, self.data))
-        part = max(1, self.batch // self.group.size)
+        part = max(1, min(self.batch // self.group.size, MEASURE_BATCH))
         for start in range(self.group.rank * part, N, self.group.size * part):
             indices = list(range(start, min(start + part, N)))
             batch: Tensor | Features = cast(Any, self.data).__getitems__(indices)

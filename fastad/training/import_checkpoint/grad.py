@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -10,8 +11,16 @@ from torch import Tensor
 from fastad.errors import InputError
 from fastad.models.backbone import efficientnet_to_timm
 from fastad.models.grad import Grad, GradConfig
+from fastad.models.registry import load_exactly
+from fastad.training.import_checkpoint.reader import shape_of
 
+_LABEL = "GRAD checkpoint"
+_KERNEL = "C_out C_in kH kW"
 _HEAD, _BODY = "reconstruction.", "backbone."
+_TABLES = {"query.0": "local_table", "query.1": "global_table"}
+_COORD = re.compile(r"coord(_?)\.(\d+\.\w+)")
+_BASIC = re.compile(r"layer\.0\.(\d+)\.(.+)")
+_CONV = re.compile(r"layer\.(\d+)\.conv\.(.+)\.(\w+)")
 _BOTTLENECK = {
     "0": "expand",
     "1": "bn1",
@@ -39,43 +48,36 @@ def grad_from_authors(state: Mapping[str, Tensor]) -> Grad:
     backbone = {k.removeprefix(_BODY): v for k, v in state.items() if k.startswith(_BODY)}
     for key, value in efficientnet_to_timm(backbone, model.backbone.net).items():
         renamed[f"backbone.net.{key}"] = value
-    own = model.state_dict()
-    missing = sorted(own.keys() - renamed.keys())
-    strangers = {k for k in state if not k.startswith((_HEAD, _BODY))}
-    unknown = sorted(renamed.keys() - own.keys() | strangers)
-    wrong = sorted(k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape)
-    if missing or unknown or wrong:
-        raise InputError(
-            f"GRAD checkpoint: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown "
-            f"{unknown[:3]}, {len(wrong)} of another shape {wrong[:3]}"
-        )
-    model.load_state_dict(renamed)
+    renamed |= {k: v for k, v in state.items() if not k.startswith((_HEAD, _BODY))}
+    load_exactly(model, renamed, _LABEL)
     return model.eval()
 
 
 def _config(state: Mapping[str, Tensor]) -> GradConfig:
     basic, bottleneck = f"{_HEAD}layer.0.0.conv1.weight", f"{_HEAD}layer.0.conv.0.weight"
-    for key in (f"{_HEAD}query.0", f"{_HEAD}query.1", f"{_HEAD}recover.weight"):
-        if key not in state:
-            raise InputError(f"GRAD checkpoint: key {key} is missing; is this another method?")
-    C = state[f"{_HEAD}query.0"].shape[1]
-    cells = state[f"{_HEAD}query.1"].shape[1] // C
+    local, whole = (
+        shape_of(state, f"{_HEAD}query.{i}", "1 channels rows columns", _LABEL) for i in (0, 1)
+    )
+    shape_of(state, f"{_HEAD}recover.weight", _KERNEL, _LABEL)
+    C = local[1]
+    cells = whole[1] // C
     side = round(cells**0.5)
-    if side * side != cells:
-        raise InputError(f"GRAD checkpoint: {cells} cells per map are not a square grid")
+    if not cells or side * side != cells:
+        raise InputError(f"{_LABEL}: {cells} cells per map are not a square grid")
     if basic in state:
-        fusion, depth_at = "grad", 3
+        fusion, layer = "grad", _BASIC
     elif bottleneck in state:
-        fusion, depth_at = ("crad" if state[bottleneck].shape[0] == 4 * C else "crad-s"), 2
+        width = shape_of(state, bottleneck, _KERNEL, _LABEL)[0]
+        fusion, layer = ("crad" if width == 4 * C else "crad-s"), _CONV
     else:
-        raise InputError(f"GRAD checkpoint: neither {basic} nor {bottleneck} is there")
-    layers = {k.split(".")[depth_at] for k in state if k.startswith(f"{_HEAD}layer.")}
+        raise InputError(f"{_LABEL}: neither {basic} nor {bottleneck} is there")
+    found = (layer.fullmatch(k.removeprefix(_HEAD)) for k in state)
     return GradConfig(
         size=(side * 8, side * 8),
         fusion=fusion,  # type: ignore[arg-type]  # one of the three by construction
-        blocks=len(layers),
-        local_nodes=state[f"{_HEAD}query.0"].shape[-1],
-        global_nodes=state[f"{_HEAD}query.1"].shape[-1],
+        blocks=len({match[1] for match in found if match}),
+        local_nodes=local[-1],
+        global_nodes=whole[-1],
     )
 
 
@@ -85,19 +87,15 @@ def _rename_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not key.startswith(_HEAD):
             continue
         name = key.removeprefix(_HEAD)
-        parts = name.split(".")
-        if parts[0] == "query":  # [1, channels, y, x] -> [y, x, channels]
-            table = "local_table" if parts[1] == "0" else "global_table"
-            renamed[table] = value[0].permute(1, 2, 0).contiguous()
-        elif parts[0] in ("coord", "coord_"):  # the underscore means global
-            coord = "local_coord" if parts[0] == "coord" else "global_coord"
+        if name in _TABLES:  # [1, channels, y, x] -> [y, x, channels]
+            renamed[_TABLES[name]] = value[0].permute(1, 2, 0).contiguous()
+        elif coord := _COORD.fullmatch(name):  # the underscore means global
             flat = value.flatten(1) if value.dim() == 4 else value  # 1 x 1 convolution = linear
-            renamed[f"{coord}.{parts[1]}.{parts[2]}"] = flat
-        elif parts[0] == "layer" and parts[2] != "conv":
-            renamed[".".join(("fusion", *parts[2:]))] = value  # inner names agree with ours
-        elif parts[0] == "layer":
-            layer, field = ".".join(parts[3:-1]), parts[-1]
-            renamed[f"fusion.{parts[1]}.{_BOTTLENECK.get(layer, layer)}.{field}"] = value
+            renamed[f"{'global' if coord[1] else 'local'}_coord.{coord[2]}"] = flat
+        elif conv := _CONV.fullmatch(name):
+            renamed[f"fusion.{conv[1]}.{_BOTTLENECK.get(conv[2], conv[2])}.{conv[3]}"] = value
+        elif basic := _BASIC.fullmatch(name):
+            renamed[f"fusion.{basic[1]}.{basic[2]}"] = value  # inner names agree with ours
         else:
-            renamed[name] = value
+            renamed[name] = value  # its name is ours, or nobody's and reported
     return {k: v if v.dtype == torch.int64 else v.float() for k, v in renamed.items()}

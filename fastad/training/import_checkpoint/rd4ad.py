@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastad.errors import InputError
 from fastad.models.backbone import BackboneConfig
+from fastad.models.registry import load_exactly
 from fastad.models.reverse_distillation import ReverseDistillation, ReverseDistillationConfig
+from fastad.training.import_checkpoint.reader import read_pickled, shape_of
 
 _PARTS = ("bn", "decoder")  # the authors' bottleneck is called bn and is no batch norm
 _UNUSED = re.compile(r"bn\.(conv4|bn4)\.|bn\..*memory")  # never called; of older versions
@@ -31,15 +33,7 @@ def read_rd4ad_state(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, not a checkpoint, or of another layout; nothing is executed.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: expected a checkpoint file, found nothing there")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zipfile and torch raise without a common base class
-        raise InputError(
-            f"{path}: not readable as a checkpoint of tensors ({type(error).__name__}); nothing "
-            "in it was executed"
-        ) from error
+    loaded = read_pickled(path)
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(p), dict) for p in _PARTS):
         found = sorted(map(str, loaded)) if isinstance(loaded, dict) else type(loaded).__name__
         raise InputError(f"{path}: expected the keys bn and decoder, got {found}")
@@ -54,26 +48,24 @@ def rd4ad_from_authors(
     state: Mapping[str, Tensor],
     teacher_state: Mapping[str, Tensor] | None = None,
     weights: str = "imagenet",
-    size: tuple[int, int] = (256, 256),
 ) -> ReverseDistillation:
     """Build RD4AD from the authors' tensors, in eval mode.
 
     The teacher, widths and depths follow from shapes, so half-width bottlenecks of other projects
     fit too. Bottleneck and decoder are worth nothing with a teacher of other weights than
-    torchvision's first ones.
+    torchvision's first ones. Images are 256 px as published, since no file stores their size.
 
     Args:
         state: Keys prefixed ``bn.`` and ``decoder.``; ``encoder.`` may be the teacher.
         teacher_state: The teacher's tensors under torchvision's or timm's keys.
         weights: Where the teacher comes from when neither holds it: ``"imagenet"`` or a path.
-        size: (H, W) in pixels the model was trained at; no file stores it.
 
     Raises:
         InputError: keys are missing, left over or of another shape; the message names them.
     """
     own_teacher = {k[len("encoder.") :]: v for k, v in state.items() if k.startswith("encoder.")}
     teacher = dict(teacher_state) if teacher_state is not None else own_teacher
-    config = _config(state, size)
+    config = _config(state)
     model = ReverseDistillation(config, weights="none" if teacher else weights)
     renamed = {
         _rename(k): v
@@ -90,24 +82,13 @@ def rd4ad_from_authors(
     for key in own.keys() - renamed.keys():
         if key.startswith(prefix) and key.endswith("num_batches_tracked"):
             renamed[key] = own[key]  # torchvision's first files have no counters
-    missing = sorted(own.keys() - renamed.keys())
-    unknown = sorted(renamed.keys() - own.keys())
-    wrong = sorted(k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape)
-    if missing or unknown or wrong:
-        raise InputError(
-            f"RD4AD checkpoint for {config.backbone.name}: {len(missing)} keys missing "
-            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(wrong)} of another shape "
-            f"{wrong[:3]}"
-        )
-    model.load_state_dict(renamed)
+    load_exactly(model, renamed, f"RD4AD checkpoint for {config.backbone.name}")
     return model.eval()
 
 
-def _config(state: Mapping[str, Tensor], size: tuple[int, int]) -> ReverseDistillationConfig:
-    def shape(key: str) -> torch.Size:
-        if key not in state:
-            raise InputError(f"RD4AD checkpoint: key {key} is missing; is this another method?")
-        return state[key].shape
+def _config(state: Mapping[str, Tensor]) -> ReverseDistillationConfig:
+    def shape(key: str, letters: str = "C_out C_in kH kW") -> torch.Size:
+        return shape_of(state, key, letters, "RD4AD checkpoint")
 
     def depth(stack: str) -> int:
         return len({k[len(stack) :].split(".")[0] for k in state if k.startswith(stack)})
@@ -115,12 +96,12 @@ def _config(state: Mapping[str, Tensor], size: tuple[int, int]) -> ReverseDistil
     C1 = shape("bn.conv1.weight")[1]
     code = shape("decoder.layer1.0.upsample.0.weight")[0]
     squeezed = shape("bn.bn_layer.0.conv1.weight")[0]
-    rebuilt = shape("decoder.layer1.0.bn1.weight")[0]
+    rebuilt = shape("decoder.layer1.0.bn1.weight", "C")[0]
     depths = (depth("decoder.layer1."), depth("decoder.layer2."), depth("decoder.layer3."))
     basic = "bn.bn_layer.0.conv3.weight" not in state
     # Inner channels are a quarter of the output's, times width / 64.
     bottleneck_width = 64 if basic else squeezed * 256 // code
-    decoder_width = 64 if basic else rebuilt * 256 // (code // 2)
+    decoder_width = 64 if basic else rebuilt * 512 // code
     if C1 == 64 and basic:
         name = "resnet18" if depths == (2, 2, 2) else "resnet34"
     elif C1 == 256 and not basic:
@@ -132,7 +113,6 @@ def _config(state: Mapping[str, Tensor], size: tuple[int, int]) -> ReverseDistil
         )
     return ReverseDistillationConfig(
         backbone=BackboneConfig(f"{name}.tv_in1k", (1, 2, 3)),
-        size=size,
         block="basic" if basic else "bottleneck",
         bottleneck_depth=depth("bn.bn_layer."),
         decoder_depths=depths,

@@ -34,8 +34,8 @@ def import_checkpoint(
         The checkpoint as written.
 
     Raises:
-        InputError: an unknown origin, a file of another kind, keys missing, unknown or of another
-            shape (named), or a folder that is in use.
+        InputError: an unknown origin, a file of another kind or origin, keys missing, unknown or of
+            another shape (named), or a folder that is in use.
     """
     file, out = Path(file), Path(out)
     if origin not in ORIGINS:
@@ -61,7 +61,12 @@ def _convert(origin: str, file: Path, teacher: str | Path | None) -> Method:
     if origin == "uniad":
         return uniad_from_authors(read_state(file))
     if origin in ("grad", "crad"):
-        return grad_from_authors(read_state(file))
+        method = grad_from_authors(read_state(file))
+        fusion = method.config.fusion
+        if (origin == "grad") != (fusion == "grad"):
+            right = "grad" if fusion == "grad" else "crad"
+            raise InputError(f"{file}: holds a {fusion} model, got origin {origin}; pass {right}")
+        return method
     weights = "imagenet" if teacher is None else str(teacher)
     return rd4ad_from_authors(read_rd4ad_state(file), weights=weights)
 

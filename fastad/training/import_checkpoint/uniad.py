@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from fastad.errors import InputError
 from fastad.models.backbone import BackboneConfig, efficientnet_to_timm
+from fastad.models.registry import load_exactly
 from fastad.models.uniad import Uniad, UniadConfig
+from fastad.training.import_checkpoint.reader import shape_of
 
 _HEAD = "reconstruction."
 _STRIDE = 16  # of the authors' neck, not stored
@@ -64,28 +67,14 @@ def uniad_from_authors(state: Mapping[str, Tensor]) -> Uniad:
     }
     for key, value in efficientnet_to_timm(backbone, model.backbone.net).items():
         renamed[f"backbone.net.{key}"] = value if value.dtype == torch.int64 else value.float()
-    own = model.state_dict()
-    missing = sorted(own.keys() - renamed.keys())
-    unknown = sorted(renamed.keys() - own.keys())
-    unknown += [k for k in state if not k.startswith((_HEAD, "backbone."))]
-    wrong = sorted(k for k in own.keys() & renamed.keys() if own[k].shape != renamed[k].shape)
-    if missing or unknown or wrong:
-        raise InputError(
-            f"UniAD checkpoint: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown "
-            f"{unknown[:3]}, {len(wrong)} of another shape {wrong[:3]}"
-        )
-    model.load_state_dict(renamed)
+    renamed |= {k: v for k, v in state.items() if not k.startswith((_HEAD, "backbone."))}
+    load_exactly(model, renamed, "UniAD checkpoint")
     return model.eval()
 
 
 def _config(state: Mapping[str, Tensor]) -> UniadConfig:
     def shape(key: str) -> torch.Size:
-        if _HEAD + key not in state:
-            raise InputError(
-                f"UniAD checkpoint: key {_HEAD}{key} is missing; is this another method, or one "
-                "without learned positions?"
-            )
-        return state[_HEAD + key].shape
+        return shape_of(state, _HEAD + key, "N D", "UniAD checkpoint")
 
     width, C = shape("input_proj.weight")
     if C not in _TAPS:
@@ -94,8 +83,9 @@ def _config(state: Mapping[str, Tensor]) -> UniadConfig:
             f"EfficientNet-B4, got {C}; other backbones cannot be told from the file"
         )
     rows, columns = (shape(f"pos_embed.{axis}_embed.weight")[0] for axis in ("row", "col"))
+    layer = re.escape(f"{_HEAD}transformer.") + r"{}\.layers\.(\d+)\."
     depth = {
-        part: len({k.split(".")[4] for k in state if k.startswith(f"{_HEAD}transformer.{part}.la")})
+        part: len({found[1] for k in state if (found := re.match(layer.format(part), k))})
         for part in _ATTENTION
     }
     return UniadConfig(
