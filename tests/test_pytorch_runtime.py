@@ -51,7 +51,7 @@ NOT_IN_A_GRAPH = {  # what waits for the device, or uploads from the host
 def trained(name: str, **changes: Any) -> Method:
     """A tiny method whose every number matters: no statistic is 0 or 1."""
     torch.manual_seed(0)
-    method = build(name, TINY[name] | changes, weights="random").eval()
+    method = build(name, TINY.get(name, {}) | changes, weights="random").eval()
     for module in method.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0.0, 0.1)
@@ -97,9 +97,6 @@ def runtime(small: Method) -> PyTorchEngineRuntime:
     return open_engine(small, device="cpu")
 
 
-# --- weights ---------------------------------------------------------------------------------
-
-
 def test_weights_come_back_bit_for_bit(method: Method) -> None:
     member = weights_member(method)
     rebuilt = method_of(Manifest(method.spec, (), None, {}), member)
@@ -120,9 +117,6 @@ def test_damaged_weights_are_an_engine_error(small: Method, cut: int) -> None:
 def test_weights_of_another_method_are_an_engine_error(small: Method) -> None:
     with pytest.raises(EngineError, match=r"do not fit intra: .*export again"):
         method_of(Manifest(trained("intra").spec, (), None, {}), weights_member(small))
-
-
-# --- folding and memory format ----------------------------------------------------------------
 
 
 def test_folded_equals_unfolded(method: Method) -> None:
@@ -276,9 +270,6 @@ def test_folds_and_keeps_the_rest(make: Callable[[], nn.Module]) -> None:
     assert not [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-# --- precision --------------------------------------------------------------------------------
-
-
 class Recorder(TorchDispatchMode):
     """Operator names with the dtypes they read and wrote."""
 
@@ -399,9 +390,6 @@ def test_exact_float32_follows_the_newer_names() -> None:
     assert done.stdout.split("\n")[:2] == ["[False, False]", "[True, True]"]
 
 
-# --- batches and threads ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 17, 31, 32, 33, 64, 100])
 def test_every_image_is_in_one_run_that_holds_it(count: int) -> None:
     runs = cuda.split(count)
@@ -476,9 +464,6 @@ def test_takes_arrays_as_they_come(runtime: PyTorchEngineRuntime, form: str) -> 
     given = images.copy() if form == "read-only" else np.asfortranarray(images)
     given.setflags(write=False)
     assert np.array_equal(runtime.run(given)[0], runtime.run(images)[0])
-
-
-# --- frames on the device ---------------------------------------------------------------------
 
 
 class Exported:
@@ -587,9 +572,6 @@ def test_frames_that_cannot_be_exported_are_the_callers_error() -> None:
         as_frames(Broken(frames(1, (8, 8))), CPU)
 
 
-# --- refusals ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("precision", "device", "message"),
     [
@@ -682,6 +664,14 @@ def test_a_network_that_does_not_run_is_an_engine_error(
         open_engine(small, device="cpu")
 
 
+def test_closing_while_a_call_runs_builds_nothing_new(small: Method) -> None:
+    runtime = open_engine(small, device="cpu")
+    graph = runtime._opened()  # what a call in flight has at hand
+    runtime.close()
+    with pytest.raises(EngineError, match="runtime is closed"):
+        runtime._slot(graph, 2)
+
+
 def test_closed_is_an_engine_error(small: Method) -> None:
     closed = open_engine(small, device="cpu")
     closed.close()
@@ -690,9 +680,6 @@ def test_closed_is_an_engine_error(small: Method) -> None:
         closed.run(frames(1, closed.size))
     with pytest.raises(EngineError, match="runtime is closed"):
         closed.run_device(torch.from_numpy(frames(1, closed.size)))
-
-
-# --- on a GPU ---------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

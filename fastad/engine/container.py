@@ -10,17 +10,16 @@ seal last hold for every later format, so that an old reader can name a newer fi
 
 The file is read, not mapped: where a read raises, a mapping of a file that is overwritten in place
 or lies on failing storage kills the process, and OpenVINO and ONNX Runtime take ``bytes`` only.
+Writer and reader share one file, longer than others: each relies on every byte of one layout.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
 import os
 import re
-import secrets
 import stat
 import string
 import struct
@@ -36,6 +35,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from fastad.atomic import write_whole
 from fastad.errors import EngineError, InputError
 from fastad.spec import FORMAT_VERSION, Manifest, Member, from_json, to_json
 
@@ -201,8 +201,8 @@ def write_engine(
     """Write an engine file; equal arguments give equal bytes.
 
     It is written beside ``path``, flushed to the disk and renamed, so ``path`` holds the old file
-    or the new one, never a part. Nothing else stays behind, whatever is raised; a process that is
-    killed outright may leave a hidden ``.partial`` file.
+    or the new one, never a part; a link is followed and stays one. Nothing else stays behind,
+    whatever is raised; a process that is killed outright may leave a hidden ``.partial`` file.
 
     Args:
         path: The file to make or replace, by custom ``NAME.engine``, in a folder that exists.
@@ -237,24 +237,13 @@ def write_engine(
     }
     text = _to_text(dataclasses.replace(manifest, members=table))
     pieces = _pack({MANIFEST: text, **contents})
-    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # the first error says more
-            partial.unlink()
-        if not isinstance(error, OSError):
-            raise
+        return write_whole(target, lambda file: file.writelines(pieces), durable=True)
+    except EngineError as error:
         raise EngineError(
-            f"{target}: cannot be written: {error.strerror or error}; nothing was changed, "
-            f"{sum(map(len, pieces)) / 1e6:.1f} MB and write permission are needed in its folder"
+            f"{error}; nothing was changed, {sum(map(len, pieces)) / 1e6:.1f} MB and write "
+            "permission are needed in its folder"
         ) from error
-    return target
 
 
 def _check_contents(manifest: Manifest, members: Mapping[str, bytes]) -> None:

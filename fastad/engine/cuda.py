@@ -6,8 +6,12 @@ import ctypes
 import re
 import sys
 from importlib.util import find_spec
+from typing import Any
 
-from fastad.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
+
+from fastad.errors import EngineError, InputError
 
 BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes with buffers and a graph of their own
 DLPACK_CPU, DLPACK_CUDA = 1, 2  # device kinds of the DLPack standard
@@ -54,6 +58,20 @@ def why_absent(runtime: str, packages: tuple[str, ...], extra: str, device: str)
             f"{runtime}: no NVIDIA driver on this machine ({library} not found); use device='cpu'"
         )
     return None
+
+
+def check_images(runtime: str, images: NDArray[Any], size: tuple[int, ...]) -> None:
+    """Refuse host images that would not fit a buffer of (H, W) ``size``, before it is filled.
+
+    Raises:
+        EngineError: they are not uint8 [B, H, W, 3].
+    """
+    H, W = size
+    if images.dtype != np.uint8 or images.shape[1:] != (H, W, 3):
+        raise EngineError(
+            f"{runtime}: run failed: expected uint8 [B, {H}, {W}, 3], got {images.dtype} "
+            f"{list(images.shape)}"
+        )
 
 
 def split(count: int) -> list[tuple[int, int, int]]:

@@ -93,4 +93,4 @@ def _from_interface(frames: Any, device: torch.device) -> Tensor:
         if stream != 1:
             producer = torch.cuda.ExternalStream(stream, device)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(device).wait_stream(producer)
-    return torch.as_tensor(frames, device=device)
+    return torch.as_tensor(frames)  # where they are: a device given here would get a copy

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastad.engine.base import Outputs, Precision
-from fastad.engine.cuda import DLPACK_CUDA, device_index, split, why_absent
+from fastad.engine.cuda import DLPACK_CUDA, check_images, device_index, split, why_absent
 from fastad.errors import EngineError, FastadWarning, InputError, UnsupportedError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -144,7 +144,7 @@ class ONNXRuntimeCUDA:
         except Exception as captured:  # its exception classes live in a private module
             try:
                 session = self._session_with(graph, cuda_graph=False)
-            except Exception as error:
+            except Exception as error:  # as above
                 raise EngineError(f"onnxruntime: refuses the graph: {error}") from error
             warnings.warn(
                 f"onnxruntime: runs without a CUDA graph, each kernel is launched by itself: "
@@ -195,17 +195,12 @@ class ONNXRuntimeCUDA:
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch from host memory; see `fastad.engine.base.Runtime`."""
-        session = self._opened()
-        H, W = self.size
-        if images.dtype != np.uint8 or images.shape[1:] != (H, W, 3):
-            raise EngineError(
-                f"onnxruntime: run failed: expected uint8 [B, {H}, {W}, 3], got {images.dtype} "
-                f"{list(images.shape)}"
-            )
-        maps = np.empty((len(images), H, W), np.float32)
+        check_images("onnxruntime", images, self.size)
+        maps = np.empty((len(images), *self.size), np.float32)
         scores = np.empty(len(images), np.float32)
-        try:
-            with self._lock:
+        with self._lock:
+            session = self._opened()
+            try:
                 for start, stop, bucket in split(len(images)):
                     slot = self._slot(session, bucket)
                     slot.staged[: stop - start] = images[start:stop]
@@ -214,8 +209,8 @@ class ONNXRuntimeCUDA:
                     slot.binding.synchronize_outputs()
                     maps[start:stop] = slot.outputs[0].numpy()[: stop - start]
                     scores[start:stop] = slot.outputs[1].numpy()[: stop - start]
-        except Exception as error:  # its exception classes live in a private module
-            raise EngineError(f"onnxruntime: run failed: {error}") from error
+            except Exception as error:  # its exception classes live in a private module
+                raise EngineError(f"onnxruntime: run failed: {error}") from error
         return maps, scores
 
     def run_device(self, frames: Any) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastad.engine.base import Outputs, Precision
-from fastad.engine.cuda import device_index, split
+from fastad.engine.cuda import check_images, device_index, split
 from fastad.engine.cuda_graph import Slot
 from fastad.engine.device_frames import as_frames
 from fastad.engine.pytorch_graph import deploy
@@ -176,6 +176,7 @@ class PyTorchEngineRuntime:
         found = self._slots.get(bucket)
         if found is None:
             with self._building:
+                self._opened()  # it may have been closed meanwhile
                 found = self._slots.get(bucket)
                 if found is None:
                     try:
@@ -196,13 +197,8 @@ class PyTorchEngineRuntime:
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch from host memory; see `fastad.engine.base.Runtime`."""
         graph = self._opened()
-        H, W = self.size
-        if images.dtype != np.uint8 or images.shape[1:] != (H, W, 3):
-            raise EngineError(
-                f"pytorch: run failed: expected uint8 [B, {H}, {W}, 3], got {images.dtype} "
-                f"{list(images.shape)}"
-            )
-        maps = np.empty((len(images), H, W), np.float32)
+        check_images("pytorch", images, self.size)
+        maps = np.empty((len(images), *self.size), np.float32)
         scores = np.empty(len(images), np.float32)
         for start, stop, bucket in split(len(images)):
             slot = self._slot(graph, bucket)
@@ -254,6 +250,7 @@ class PyTorchEngineRuntime:
         return DeviceOutputs(resized, scores, mask)
 
     def close(self) -> None:
-        """Drop graphs, buffers and weights; a call in flight finishes first."""
-        self._graph = None
-        self._slots = {}
+        """Drop graphs, buffers and weights; a call in flight keeps what it is using to its end."""
+        with self._building:
+            self._graph = None
+            self._slots = {}

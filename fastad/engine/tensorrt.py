@@ -12,7 +12,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -22,9 +24,9 @@ from numpy.typing import NDArray
 
 from fastad.engine.base import Outputs, Precision
 from fastad.engine.container import EngineFile
-from fastad.engine.cuda import BUCKETS, device_index, why_absent
+from fastad.engine.cuda import BUCKETS, check_images, device_index, why_absent
 from fastad.engine.plans import Choice, Machine, Plan, choose, read_plans, why_no_plan
-from fastad.errors import EngineError, InputError, UnsupportedError
+from fastad.errors import EngineError, FastadError, InputError, UnsupportedError
 
 ALIGNMENT_BYTES = 256  # of every address that TensorRT is given
 NAMES = ("image", "anomaly_map", "raw_score")
@@ -172,20 +174,18 @@ class TensorRTRuntime:
         self._size = tuple(self._engine.get_tensor_shape("image"))[1:3]
         sizes = tuple(b for b in BUCKETS if b < plan.max_batch)
         self.batches = (*sizes, plan.max_batch)
-        self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        self._lock = threading.Lock()
+        self._idle: list[_Slot] = []
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
-        H, W = self._size
-        maps = np.empty((len(images), H, W), np.float32)
+        check_images("tensorrt", images, self._size)
+        maps = np.empty((len(images), *self._size), np.float32)
         scores = np.empty(len(images), np.float32)
-        slot = self._take()
-        try:
+        with self._slot() as slot:
             for start in range(0, len(images), self.batches[-1]):
                 part = slice(start, start + self.batches[-1])
                 slot.run(images[part], maps[part], scores[part])
-        finally:
-            self._slots.put(slot)
         return maps, scores
 
     def run_device(self, frames: object) -> tuple[DeviceArray, DeviceArray]:
@@ -197,27 +197,47 @@ class TensorRTRuntime:
 
         Raises:
             InputError: another kind, place, dtype or shape, or more than the plan's largest batch.
+            EngineError: the device failed, or the runtime is closed.
         """
-        slot = self._take()
-        try:
+        with self._slot() as slot:
             return slot.run_device(frames)
-        finally:
-            self._slots.put(slot)
 
     def close(self) -> None:
-        """Free contexts, buffers, graphs and the plan."""
-        while not self._slots.empty():
-            self._slots.get_nowait().close()
-        self._engine = self._runtime = None
-
-    def _take(self) -> _Slot:
-        if self._engine is None:
-            raise EngineError("tensorrt: the runtime is closed; load the engine again")
+        """Free contexts, buffers, graphs and the plan; a call in flight frees its own later."""
         self._device.set_current()  # the calling thread may be a new one
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._engine = self._runtime = None
+        for slot in idle:
+            slot.close()
+
+    @contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        """A slot for one call, and its errors as ours."""
+        slot: _Slot | None = None
         try:
-            return self._slots.get_nowait()
-        except queue.Empty:
-            return _Slot(self._engine, self._device, self._size, self.batches)
+            self._device.set_current()
+            with self._lock:
+                engine = self._engine
+                slot = self._idle.pop() if self._idle else None
+            if engine is None:
+                raise EngineError("tensorrt: the runtime is closed; load the engine again")
+            slot = slot or _Slot(engine, self._device, self._size, self.batches)
+            yield slot
+        except FastadError:
+            raise
+        except Exception as error:  # the driver's own classes, which differ between versions
+            raise EngineError(f"tensorrt: run failed: {error}") from error
+        finally:
+            if slot is not None:
+                self._give_back(slot)
+
+    def _give_back(self, slot: _Slot) -> None:
+        with self._lock:
+            if self._engine is not None:
+                self._idle.append(slot)
+                return
+        slot.close()  # nobody else would
 
 
 class _Slot:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -154,5 +155,5 @@ def revision(module: ModuleType) -> str:
 
     A timing cache knows a plugin by its name only, so another kernel needs another name.
     """
-    text = inspect.getsource(module) + inspect.getsource(inspect.getmodule(revision))  # type: ignore[arg-type]
+    text = inspect.getsource(module) + inspect.getsource(sys.modules[__name__])
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastad.errors import InputError, UnsupportedError
 
 INT32_MAX = 2**31 - 1
+MAX_PROGRAMS = 65535  # on the second and third axis of a CUDA launch
 
 
 def check_rank(name: str, tensor: Tensor, letters: str) -> None:
@@ -82,3 +83,14 @@ def why_unsupported_strides(name: str, tensor: Tensor) -> str | None:
     if max(tensor.stride(), default=0) <= INT32_MAX:
         return None
     return f"{name}: strides {tensor.stride()} exceed {INT32_MAX} elements; split the batch"
+
+
+def why_unsupported_launch(name: str, **counts: int) -> str | None:
+    """Images or rows that exceed the limited axes of a launch, in a sentence."""
+    for what, count in counts.items():
+        if count > MAX_PROGRAMS:
+            return (
+                f"{name}: the CUDA kernel takes up to {MAX_PROGRAMS} {what}, got {count}; split "
+                "the batch, or use reference"
+            )
+    return None

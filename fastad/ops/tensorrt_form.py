@@ -36,11 +36,11 @@ def recorded(function: F) -> F:
     def keep(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # of any kind: it is raised again
             _failures.append(error)
             raise
 
-    return keep  # type: ignore[return-value]
+    return keep  # type: ignore[return-value]  # the same signature, which `wraps` cannot say
 
 
 def take_failure() -> Exception | None:

@@ -10,13 +10,16 @@ from PIL import Image
 
 from fastad.errors import InputError, UnsupportedError
 from fastad.ops.anomaly_map import anomaly_map, bilinear_matrix, distance_map
+from fastad.ops.anomaly_map import op as map_op
 from fastad.ops.check import require
 from fastad.ops.grid_interpolate import grid_interpolate
 from fastad.ops.grid_interpolate import op as grid_op
 from fastad.ops.neighbor_attention import neighbor_attention, neighbor_mask
 from fastad.ops.neighbor_attention import op as attention_op
 from fastad.ops.neighbor_attention import reference as attention_reference
+from fastad.ops.postprocess import op as postprocess_op
 from fastad.ops.postprocess import postprocess
+from fastad.ops.preprocess import op as preprocess_op
 from fastad.ops.preprocess import preprocess
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -259,6 +262,39 @@ def test_interpolation_kernel_says_why_not() -> None:
     apart = torch.zeros(2, 5, 7, 6)[:, :, :5]
     reason = grid_op.why_unsupported(table, coords, apart)
     assert reason is not None and "out: axes after the first must fold into one" in reason
+
+
+MANY = 65536
+LAUNCHES = {
+    "grid_interpolate": lambda: grid_op.why_unsupported(
+        torch.zeros(3, 4, 6), torch.empty(1, 1, 2).expand(MANY, 1, 2)
+    ),
+    "table per image": lambda: grid_op.why_unsupported(
+        torch.zeros(MANY, 1, 1), torch.zeros(MANY, 1)
+    ),
+    "anomaly_map": lambda: map_op.why_unsupported(
+        [torch.zeros(MANY, 1, 1, 1)], [torch.zeros(MANY, 1, 1, 1)]
+    ),
+    "preprocess": lambda: preprocess_op.why_unsupported(
+        torch.zeros(MANY, 1, 1, 3, dtype=torch.uint8), [1, 1], torch.uint8
+    ),
+    "rows of preprocess": lambda: preprocess_op.why_unsupported(
+        torch.zeros(1, 1, 1, 3, dtype=torch.uint8), [MANY, 1], torch.uint8
+    ),
+    "postprocess": lambda: postprocess_op.why_unsupported(torch.zeros(MANY, 1, 1), [1, 1]),
+    "rows of postprocess": lambda: postprocess_op.why_unsupported(torch.zeros(1, 1, 1), [MANY, 1]),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_kernels_say_what_exceeds_a_launch(case: str) -> None:
+    reason = LAUNCHES[case]()
+    what = "rows" if "rows" in case else "images"
+    assert reason is not None and f"takes up to 65535 {what}, got 65536" in reason
+
+
+def test_one_axis_of_points_is_no_axis_of_images() -> None:
+    assert grid_op.why_unsupported(torch.zeros(3, 6), torch.zeros(MANY, 1)) is None
 
 
 def test_map_and_score_equal_resize_and_pooling() -> None:

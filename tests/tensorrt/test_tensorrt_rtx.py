@@ -34,7 +34,7 @@ CHIPS = {  # float32 for all that the builder knows; one is enough to see types 
 @cache
 def method(name: str) -> Method:
     """The tiny model of the whole-road test, untrained."""
-    settings = TINY[name] | ({"feature_scale": 1.0} if name == "grad" else {})
+    settings = TINY.get(name, {}) | ({"feature_scale": 1.0} if name == "grad" else {})
     return build(name, settings, weights="random").eval()
 
 

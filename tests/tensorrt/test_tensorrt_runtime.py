@@ -196,11 +196,8 @@ def test_results_belong_to_the_caller(runtime: TensorRTRuntime) -> None:
 
 
 def test_callers_at_the_same_time_have_contexts_of_their_own(runtime: TensorRTRuntime) -> None:
-    slots = [runtime._take(), runtime._take()]
-    lanes = [slot.lane(1) for slot in slots]
-    assert lanes[0].context is not lanes[1].context and slots[0].stream is not slots[1].stream
-    for slot in slots:
-        runtime._slots.put(slot)
+    with runtime._slot() as one, runtime._slot() as two:
+        assert one.lane(1).context is not two.lane(1).context and one.stream is not two.stream
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -248,6 +245,39 @@ def test_refuses_frames_it_cannot_copy(changes: dict[str, Any], message: str) ->
 def test_refuses_a_plan_that_does_not_load(runtime: TensorRTRuntime) -> None:
     with pytest.raises(EngineError, match=r"plans/a\.plan: TensorRT cannot load it; run "):
         TensorRTRuntime(b"another", PLAN)
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (frames(2).astype(np.float32), r"float32 \[2, 4, 6, 3\]"),
+        (frames(2)[:, :1], r"uint8 \[2, 1, 6, 3\]"),  # NumPy would spread one row over all
+        (frames(2)[0], r"uint8 \[4, 6, 3\]"),
+    ],
+    ids=["dtype", "size", "rank"],
+)
+def test_refuses_images_that_do_not_fit(runtime: TensorRTRuntime, images: Any, got: str) -> None:
+    with pytest.raises(EngineError, match=rf"tensorrt: run failed: expected uint8 .*, got {got}"):
+        runtime.run(images)
+
+
+def test_errors_of_the_driver_are_engine_errors(
+    runtime: TensorRTRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Stream) -> None:
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(Stream, "sync", fail)
+    with pytest.raises(EngineError, match="tensorrt: run failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        runtime.run(frames(1))
+
+
+def test_a_call_in_flight_frees_its_slot_when_closed_meanwhile(runtime: TensorRTRuntime) -> None:
+    with runtime._slot() as slot:
+        runtime.close()
+        assert not slot.stream.closed
+        slot.lane(1)
+    assert slot.stream.closed
 
 
 def test_refuses_to_run_when_closed(runtime: TensorRTRuntime) -> None:

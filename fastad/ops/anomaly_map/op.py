@@ -13,6 +13,7 @@ from fastad.ops.check import (
     refuse_gradient,
     require,
     why_unsupported_dtype,
+    why_unsupported_launch,
     why_unsupported_strides,
 )
 
@@ -43,7 +44,9 @@ def why_unsupported(feat: list[Tensor], feat_hat: list[Tensor]) -> str | None:
                 )
             if reason := why_unsupported_strides(f"{name}[{i}]", level):
                 return reason
-    return why_unsupported_dtype("feat", feat[0], KERNEL_DTYPES)
+    return why_unsupported_launch("feat", images=feat[0].shape[0]) or why_unsupported_dtype(
+        "feat", feat[0], KERNEL_DTYPES
+    )
 
 
 def _anywhere(

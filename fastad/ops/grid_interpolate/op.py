@@ -11,6 +11,7 @@ from fastad.ops.check import (
     refuse_gradient,
     require,
     why_unsupported_dtype,
+    why_unsupported_launch,
     why_unsupported_strides,
 )
 from fastad.ops.grid_interpolate import reference
@@ -90,6 +91,10 @@ def why_unsupported(table: Tensor, coords: Tensor, out: Tensor | None = None) ->
         return f"table: the CUDA kernel takes axes up to {MAX_NODES_PER_AXIS}, got {table.shape}"
     if coords.shape[:-1].numel() > MAX_POINTS:
         return f"coords: the CUDA kernel takes up to {MAX_POINTS} points, got {coords.shape}; split"
+    has_images = coords.dim() > 2 or table.dim() > coords.shape[-1] + 1
+    images = coords.shape[0] if has_images else 1
+    if reason := why_unsupported_launch("coords", images=images):
+        return reason
     for name, tensor in {"table": table, "coords": coords, "out": out}.items():
         if tensor is None:
             continue

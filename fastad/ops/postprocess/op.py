@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastad.ops.check import require, why_unsupported_dtype
+from fastad.ops.check import require, why_unsupported_dtype, why_unsupported_launch
 from fastad.ops.postprocess import reference
 
 NAME = "fastad::postprocess"
@@ -15,10 +15,12 @@ torch.library.define(
 )
 
 
-def why_unsupported(anomaly_map: Tensor) -> str | None:
+def why_unsupported(anomaly_map: Tensor, size: list[int]) -> str | None:
     """Why the CUDA kernel cannot serve these checked arguments; None when it can."""
     if not anomaly_map.is_contiguous():
         return f"anomaly_map: expected contiguous memory, got strides {anomaly_map.stride()}"
+    if reason := why_unsupported_launch("anomaly_map", images=len(anomaly_map), rows=size[0]):
+        return reason
     return why_unsupported_dtype("anomaly_map", anomaly_map, (torch.float32,))
 
 
@@ -38,7 +40,7 @@ def _anywhere(
 
 
 def _cuda(anomaly_map: Tensor, size: list[int], threshold: float | None) -> tuple[Tensor, Tensor]:
-    require(why_unsupported(anomaly_map))
+    require(why_unsupported(anomaly_map, size))
     # Imported by the first call that needs it: no machine without CUDA pays for triton.
     from fastad.ops.postprocess import triton_impl
 

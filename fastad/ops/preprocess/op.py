@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastad.ops.check import require, why_unsupported_dtype
+from fastad.ops.check import require, why_unsupported_dtype, why_unsupported_launch
 from fastad.ops.preprocess import reference
 from fastad.ops.preprocess.reference import Triple
 
@@ -21,10 +21,12 @@ torch.library.define(
 )
 
 
-def why_unsupported(images: Tensor, dtype: torch.dtype) -> str | None:
+def why_unsupported(images: Tensor, size: list[int], dtype: torch.dtype) -> str | None:
     """Why the CUDA kernel cannot serve these checked arguments; None when it can."""
     if not images.is_contiguous():
         return f"images: expected contiguous memory, got strides {images.stride()}"
+    if reason := why_unsupported_launch("images", images=images.shape[0], rows=size[0]):
+        return reason
     return why_unsupported_dtype("dtype", torch.empty(0, dtype=dtype), OUTPUT_DTYPES)
 
 
@@ -58,7 +60,7 @@ def _cuda(
     swap_red_blue: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    require(why_unsupported(images, dtype))
+    require(why_unsupported(images, size, dtype))
     # Imported by the first call that needs it: no machine without CUDA pays for triton.
     from fastad.ops.preprocess import triton_impl
 
