@@ -5,11 +5,11 @@
 The rows are the export's own reports: changes of accuracy against float32 of the same runtime on
 labelled and held-out normal images, medians of interleaved runs at batch 1 and 8 (uint8 batch at
 model size to map and score, in memory), and what ``auto`` then takes. Refused rows stay in.
+``export_s`` is the whole export: graph, parity, every search and the timing.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -29,14 +29,11 @@ BASELINE = ("onnxruntime", "fp32")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--test-data", type=Path, required=True)
     parser.add_argument("--mask-folder", default="ground_truth")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--name", default="", help="of the result file")
     options = parser.parse_args(arguments)
     about = timing.machine()
     data, masks = options.test_data, options.mask_folder
@@ -68,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": rows,
         "gate": [asdict(r) | {"kept": v.kept} for v in manifest.variants for r in v.gate],
     }
-    print(timing.write_result(f"precisions-{options.name or spec.method}", payload, about=about))
+    suite = f"precisions-{options.name or spec.method}"
+    print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0
 
 

@@ -19,7 +19,7 @@ from fastad.engine.base import Outputs, Precision
 from fastad.engine.container import MODEL, WEIGHTS, Golden, write_engine
 from fastad.engine.pytorch import PyTorchRuntime, weights_member
 from fastad.engine.select import RUNTIMES, open_runtime, why_unsupported
-from fastad.errors import FastadWarning, InputError, UnsupportedError
+from fastad.errors import EngineError, FastadWarning, InputError, UnsupportedError
 from fastad.spec import Manifest, ParityReport, Variant
 from fastad.training.checkpoint import Checkpoint, Record, load_checkpoint
 from fastad.training.folder import Sample, load_images, scan
@@ -53,7 +53,7 @@ def export_engine(
     Every runtime of this machine computes real images and is compared with PyTorch in float32; a
     difference above `parity.MAP_LIMIT` of the map's range stops the export. Every other precision
     is compared with float32 of the same runtime (`fastad.export.gate`) and refused, with the reason
-    in the file, where it loses too much.
+    in the file, where it loses too much or fails; float32 is then written all the same.
 
     Args:
         run: Run folder or checkpoint folder.
@@ -80,7 +80,7 @@ def export_engine(
             name without images that could judge it, or ``out`` has another suffix.
         UnsupportedError: torch cannot express the method as a graph, no runtime of this machine has
             a precision that was asked for by name, or onnxruntime's quantizer is missing for it.
-        EngineError: parity failed, or the file could not be written.
+        EngineError: float32 failed parity, or the file could not be written.
     """
     out = Path(out)
     if out.suffix != ".engine":
@@ -187,11 +187,17 @@ def _check_available(precisions: Sequence[Precision]) -> None:
 def _with_parity(
     candidate: Candidate, pixels: NDArray[np.uint8], reference: Outputs, threshold: float | None
 ) -> Variant:
-    """The candidate's variant, with its distance from PyTorch where it may run."""
-    if candidate.runtime is None:
-        return candidate.variant
-    report = parity.compare(candidate.runtime, pixels, reference, threshold)
-    return dataclasses.replace(candidate.variant, parity=(report,))
+    """The candidate's variant with its distance from PyTorch; refused where it cannot be had."""
+    if candidate.runtime is not None:
+        try:
+            report = parity.compare(candidate.runtime, pixels, reference, threshold)
+        except EngineError as error:
+            candidate.refuse(f"it failed when it was compared with PyTorch: {error}")
+        else:
+            if np.isfinite([report.map_max, report.score_max]).all():
+                return dataclasses.replace(candidate.variant, parity=(report,))
+            candidate.refuse("it gives NaN or infinity on images that PyTorch was compared on")
+    return candidate.variant
 
 
 def _normal_images(checkpoint: Checkpoint, images: Sequence[str | Path] | None) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Plain model files for programs that do not use fastad: ONNX or OpenVINO IR, and a description."""
+"""Plain model files for programs that do not use fastad, with a description beside them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastad.atomic import check_target
-from fastad.engine import parity
+from fastad.engine import parity, tensorrt
 from fastad.engine.base import Runtime
 from fastad.engine.openvino import OpenVINORuntime
+from fastad.engine.plans import Plan
 from fastad.engine.pytorch import PyTorchRuntime
 from fastad.engine.select import open_runtime, why_unsupported
-from fastad.errors import EngineError, InputError
+from fastad.errors import EngineError, InputError, UnsupportedError
 from fastad.spec import InputSpec, ParityReport
 from fastad.training.checkpoint import Record, load_checkpoint, write_bytes
 from fastad.training.progress import Report
@@ -26,8 +27,10 @@ from fastad.training.progress import Report
 from .engine import versions
 from .to_onnx import describe_onnx, to_onnx
 from .to_openvino import describe_ir, to_openvino
+from .to_tensorrt import build_plan
 
-SUFFIXES: Mapping[str, str] = {"onnx": ".onnx", "openvino": ".xml"}
+SUFFIXES: Mapping[str, str] = {"onnx": ".onnx", "openvino": ".xml", "plan": ".plan"}
+DEVICE = "cuda"  # the GPU that a plan is built for
 SIDECAR_VERSION = 1
 PARITY_IMAGES = 3
 
@@ -58,9 +61,11 @@ def export_plain(
 
     Args:
         run: Run folder or checkpoint folder.
-        out: The file to write: ``.onnx``, or ``.xml`` for OpenVINO, whose ``.bin`` goes beside it.
+        out: The file to write: ``.onnx``, ``.plan``, or ``.xml`` for OpenVINO, whose ``.bin`` goes
+            beside it.
         format: ``onnx``: operators as nodes of the domain ``fastad`` with functions of standard
-            operators. ``openvino``: IR that any OpenVINO loads.
+            operators. ``openvino``: IR that any OpenVINO loads. ``plan``: float32 for the TensorRT
+            and the first GPU of this machine; a program needs TensorRT only, no plugin library.
         report: Receives progress; None is silent.
 
     Returns:
@@ -69,29 +74,36 @@ def export_plain(
     Raises:
         InputError: no checkpoint, an unknown format, a suffix that does not fit it, or a folder
             that does not exist.
-        UnsupportedError: torch or OpenVINO cannot express the method.
+        UnsupportedError: torch or OpenVINO cannot express the method, or a plan was asked for
+            where there is no TensorRT or no GPU.
         EngineError: the file differs from PyTorch, or cannot be written.
     """
     out = Path(out)
     if format not in SUFFIXES:
         raise InputError(
-            f"format: expected {' or '.join(SUFFIXES)}, got {format!r}; engine files come from "
-            "export_engine, TensorRT plans from `fastad build` on the machine with the GPU"
+            f"format: expected {', '.join(SUFFIXES)}, got {format!r}; engine files come from "
+            "export_engine"
         )
     if out.suffix != SUFFIXES[format]:
         raise InputError(f"out: expected a name ending in {SUFFIXES[format]}, got {out}")
+    if format == "plan" and (reason := tensorrt.why_unsupported("fp32", DEVICE)):
+        raise UnsupportedError(f"{reason}; a plan is built on the machine that will run it")
     check_target(out)
     checkpoint = load_checkpoint(run)
     _tell(report, 1, "graph")
     graph = to_onnx(checkpoint.method)
+    plan: Plan | None = None
     if format == "onnx":
         files, about = {out: graph}, describe_onnx(graph)
-    else:
+    elif format == "openvino":
         xml, weights = to_openvino(graph)
         files, about = {out: xml, out.with_suffix(".bin"): weights}, describe_ir(xml)
+    else:
+        plan, data = build_plan(graph, tensorrt.this_machine(DEVICE))
+        files, about = {out: data}, _describe_plan(plan)
     _tell(report, 2, "parity")
     images = _images(checkpoint.record.spec.input.size)
-    reports = _compare(files, images, PyTorchRuntime(checkpoint.method).run(images))
+    reports = _compare(files, plan, images, PyTorchRuntime(checkpoint.method).run(images))
     text = json.dumps(_describe(format, files, about, checkpoint.record, reports), indent=1)
     sidecar = out.with_name(f"{out.name}.json")
     try:
@@ -117,20 +129,24 @@ def _images(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 def _compare(
     files: Mapping[Path, bytes],
+    plan: Plan | None,
     images: NDArray[np.uint8],
     reference: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> list[ParityReport]:
-    """Every runtime that takes these files against PyTorch.
+    """Every runtime that takes these files against PyTorch; ``plan`` describes a TensorRT one.
 
     Raises:
         EngineError: a runtime differs by more than `parity.MAP_LIMIT`.
     """
     graph, *weights = files.values()
-    runtimes: list[Runtime] = [
-        OpenVINORuntime(graph, "fp32", weights=b"".join(weights), cache=False)
-    ]
-    if not weights and why_unsupported("onnxruntime", "fp32") is None:
-        runtimes.append(open_runtime(graph, "onnxruntime", "fp32", "cpu"))
+    runtimes: list[Runtime] = []
+    if plan is not None:
+        runtimes.append(tensorrt.TensorRTRuntime(graph, plan, DEVICE))
+    else:
+        joined = b"".join(weights)
+        runtimes.append(OpenVINORuntime(graph, "fp32", weights=joined, cache=False))
+        if not weights and why_unsupported("onnxruntime", "fp32") is None:
+            runtimes.append(open_runtime(graph, "onnxruntime", "fp32", "cpu"))
     reports = []
     for runtime in runtimes:
         try:
@@ -139,6 +155,21 @@ def _compare(
             runtime.close()
         parity.check(reports[-1])
     return reports
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
+    """What a program that loads the plan has to know about it."""
+    return {
+        "tensorrt": plan.tensorrt,
+        "gpu": plan.gpu,
+        "compute_capability": list(plan.capability),
+        "hardware": plan.hardware,
+        "version_compatible": plan.version_compatible,
+        "max_batch": plan.max_batch,
+        "profiles": "optimization profile 0 takes a batch of 1, profile 1 one of 2 to max_batch",
+        "plugins": list(plan.plugins),
+        "plugins_where": "compiled into the plan; loading it needs no library and no Python",
+    }
 
 
 def _describe(

@@ -23,7 +23,7 @@ from .quantize import Quantizer
 
 INT8, INT8_ONNXRUNTIME, FLOAT16 = "model.int8.onnx", "model.int8-ort.onnx", "model.fp16.onnx"
 AUTO: tuple[Precision, ...] = ("fp32", "bf16", "int8")  # float16 gains nothing on the CPUs measured
-GROUPS = 32  # of neighbouring layers, which the search ranks: bounds it at 32 + 6 trials
+GROUPS = 16  # of neighbouring layers, which the search ranks: bounds it at 16 + 5 trials
 SEARCH_IMAGES = 4
 TIMED_ROUNDS = 15
 TIMED_SECONDS = 30.0
@@ -160,16 +160,19 @@ def _refuse_if_slower(candidate: Candidate, found: Iterable[Candidate]) -> None:
     )
     own = (r.ms_batch1, r.ms_batch8)
     if reason := _why_slower(own, (full.ms_batch1, full.ms_batch8)):
-        candidate.refuse(reason)
+        candidate.refuse(
+            f"accurate enough, but {reason}; its graph is for {r.runtime} on CPUs alone, so the "
+            "engine does not carry it"
+        )
 
 
 def _why_slower(own: tuple[float, float], full: tuple[float, float]) -> str:
-    """A sentence where neither of two times (at batch 1 and 8) is below float32's, or empty."""
+    """A clause where neither of two times (at batch 1 and 8) is below float32's, or empty."""
     if min(own[0] / full[0], own[1] / full[1]) < 1.0:
         return ""
     return (
-        f"slower than float32 here: {own[0]:.1f} against {full[0]:.1f} ms singly, "
-        f"{own[1]:.1f} against {full[1]:.1f} ms per image in a batch of {BATCH}"
+        f"no faster than float32 on this machine: {own[0]:.1f} against {full[0]:.1f} ms for one "
+        f"image, {own[1]:.1f} against {full[1]:.1f} ms per image in a batch of {BATCH}"
     )
 
 
@@ -189,36 +192,44 @@ class _Trial:
         most = min(GROUPS, len(layers)) // 2  # with more than half in float32 nothing is gained
         counts = [2**i for i in range(most.bit_length())]
         trials = 1 + len(counts)
-        first = candidate = self._try(member, make, ())
-        passed, reason = not first.report.refused, first.report.refused
-        if too_few(first.report, self.limits, self.reference.images):
-            counts = []  # no choice of layers helps
-        if not passed and counts:
+        found = first = self._try(member, make, ())
+        reason = first.report.refused
+        # no choice of layers helps where the images prove nothing
+        if reason and counts and not too_few(first.report, self.limits, self.reference.images):
             # each layer kept takes speed: what is not faster now needs no search
             slower = self._slower(first)
             first.close()
             if slower:
-                reason, counts = f"{slower}; and {reason}", []
-        if not passed and counts:
-            self._tell_trial(1, trials)
-            ranked = self._ranked(make, layers)
-            for trial, count in enumerate(counts, 2):
-                kept = {name for group in ranked[:count] for name in group}
-                candidate = self._try(member, make, [n for n in layers if n in kept])
-                passed = not candidate.report.refused
-                if passed:
-                    break
-                candidate.close()
-                if trial < trials:
-                    self._tell_trial(trial, trials)
-            if not passed:
                 reason += (
-                    f"; with the {len(candidate.variant.kept)} most sensitive of {len(layers)} "
-                    f"layers in float32: {candidate.report.refused}"
+                    "; layers to leave in float32 were not searched for, because even without "
+                    f"them it is {slower}"
+                )
+            else:
+                self._tell_trial(1, trials)
+                found = self._search(member, make, layers, counts)
+                reason += (
+                    f"; with the {len(found.variant.kept)} most sensitive of {len(layers)} "
+                    f"layers in float32: {found.report.refused}"
                 )
         self._tell_trial(trials, trials)
-        if not passed:
-            candidate.refuse(reason)
+        if not found.report.refused:
+            return found
+        first.refuse(reason)  # its report is the full one
+        return first
+
+    def _search(
+        self, member: str, make: Make, layers: Sequence[str], counts: Sequence[int]
+    ) -> Candidate:
+        """The first that passes with so many groups kept, or the last one, closed."""
+        ranked = self._ranked(make, layers)
+        for trial, count in enumerate(counts, 2):
+            kept = {name for group in ranked[:count] for name in group}
+            candidate = self._try(member, make, [n for n in layers if n in kept])
+            if not candidate.report.refused:
+                break
+            candidate.close()
+            if trial <= len(counts):
+                self._tell_trial(trial, 1 + len(counts))
         return candidate
 
     def _slower(self, candidate: Candidate) -> str:
@@ -235,12 +246,17 @@ class _Trial:
         _tell(self.progress, "gate", done, total, what)
 
     def _try(self, member: str, make: Make, kept: Sequence[str]) -> Candidate:
-        """Judge one graph; one that the runtime does not take is refused with its reason."""
+        """Judge one graph; one that the runtime does not take is refused with its reason.
+
+        The first one, which keeps nothing, is measured in full for the report; a later one only as
+        far as the first rule that it fails.
+        """
         graph = make(kept)
         runtime: Runtime | None = None
         try:
             runtime = open_runtime(graph, self.name, self.precision, "cpu", cache=False)
-            report = measure(runtime, self.reference, self.threshold)
+            limits = self.limits if kept else None
+            report = measure(runtime, self.reference, self.threshold, limits)
         except BaseException as error:
             if runtime is not None:
                 runtime.close()

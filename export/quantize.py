@@ -12,9 +12,11 @@ stem from an operator of this package (local functions) keep float32 too.
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +29,12 @@ from onnx.inliner import inline_local_functions
 
 from .onnx_float16 import NARROW, narrow
 
+# Of the magnitudes of a tensor that its range covers; larger ones are clipped. Measured on DeepPCB
+# with every layer in int8 on OpenVINO, against covering all: the maps' mean error falls from 4.5 to
+# 3.0 % (grad.quick), 6.2 to 4.5 % (uniad.quick) and 5.7 to 4.9 % (rd4ad.quick), the AUPRO lost from
+# 1.9 to 1.6 and 1.2 to 0.5 points (grad, rd4ad). 99.99 clips what defects show: uniad.quick then
+# loses a point of AUROC.
+PERCENTILE = 99.999
 OP_TYPES = ("Conv", "Gemm", "MatMul", "Add")
 WEIGHTED = OP_TYPES[:3]
 
@@ -110,20 +118,21 @@ def parts(graph: bytes) -> Parts:
 
 
 class _Images:
-    """Feeds calibration images one by one, as ONNX Runtime's quantizer wants them."""
+    """Feeds one batch of calibration images, as ONNX Runtime's quantizer wants it."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
-        self._feeds: Iterator[NDArray[np.uint8]] = iter(images[:, None])
+        self._feeds = iter([images])
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        image = next(self._feeds, None)
-        return None if image is None else {"image": image}
+        images = next(self._feeds, None)
+        return None if images is None else {"image": images}
 
 
 class Quantizer:
     """A graph and the value ranges its tensors take on calibration images.
 
-    Ranges are measured once; `int8` may then be called for any choice of layers.
+    Ranges are measured once and each layer is quantised once for each kind of activations; `int8`
+    may then be called for any choice of layers.
 
     Args:
         graph: ONNX bytes with input ``image``; local functions are inlined.
@@ -131,19 +140,30 @@ class Quantizer:
     """
 
     def __init__(self, graph: bytes, images: NDArray[np.uint8]) -> None:
-        from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
+        from onnxruntime.quantization.calibrate import (
+            CalibrationDataReader,
+            CalibrationMethod,
+            create_calibrator,
+        )
 
         self._model, self._inlined = _prepare(graph)
         self.parts = _parts(self._model, self._inlined)
-        reader = type("Reader", (_Images, CalibrationDataReader), {})(images)
+        self._whole: dict[bool, ModelProto] = {}  # by symmetry, every layer quantised
+        reader = type("Reader", (_Images, CalibrationDataReader), {})
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "source.onnx"
             onnx.save(self._model, source)
-            calibrator = create_calibrator(
-                source, list(OP_TYPES), augmented_model_path=str(Path(folder) / "augmented.onnx")
-            )
-            calibrator.collect_data(reader)
-            self._ranges = calibrator.compute_data()
+            with redirect_stdout(io.StringIO()):  # it prints what it does
+                calibrator = create_calibrator(
+                    source,
+                    list(OP_TYPES),
+                    augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                    calibrate_method=CalibrationMethod.Percentile,
+                    extra_options={"symmetric": True, "percentile": PERCENTILE},
+                )
+                for image in images[:, None]:  # it holds all values of what it reads at once
+                    calibrator.collect_data(reader(image))
+                self._ranges = calibrator.compute_data()
             del calibrator  # it holds the file open
 
     def int8(self, activations: Literal["s8", "u8"] = "s8", kept: Collection[str] = ()) -> bytes:
@@ -157,46 +177,52 @@ class Quantizer:
                 points, and quantises outputs too, which ONNX Runtime's CPU kernels ask for.
             kept: Layers of `parts` to leave in float32.
         """
+        symmetric = activations == "s8"
+        chosen = {name for name in self.parts.layers if name not in kept}
+        if not chosen:
+            return _finished(_copy(self._model))
+        if symmetric not in self._whole:
+            self._whole[symmetric] = self._quantised(self.parts.layers, symmetric)
+        model = _copy(self._whole[symmetric])
+        _read_as_before(model, self._model, chosen, None if symmetric else self.parts.head)
+        return _finished(model)
+
+    def _quantised(self, layers: Collection[str], symmetric: bool) -> ModelProto:
+        """The graph as ONNX Runtime's quantizer leaves it: all nodes read rounded values."""
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-        symmetric = activations == "s8"
-        chosen = [name for name in self.parts.layers if name not in kept]
-        model = ModelProto()
-        model.CopyFrom(self._model)
-        if chosen:  # an empty list means all to the quantizer
-            level = logging.getLogger().level
-            quantizer = QDQQuantizer(
-                model,
-                True,  # per channel
-                False,  # no reduced range: it helps CPUs without VNNI only, and costs a bit
-                QuantType.QInt8,
-                QuantType.QInt8 if symmetric else QuantType.QUInt8,
-                self._ranges,
-                chosen,
-                [],
-                list(OP_TYPES),
-                {
-                    "ActivationSymmetric": symmetric,
-                    "WeightSymmetric": True,
-                    "QuantizeBias": False,
-                    **({"OpTypesToExcludeOutputQuantization": list(OP_TYPES)} if symmetric else {}),
-                },
-            )
-            quantizer.quantize_model()
-            logging.getLogger().setLevel(level)
-            model = quantizer.model.model
-            _sort(model)  # the quantizer appends its nodes at the end
-        _read_unquantised(model, None if symmetric else self.parts.head, set(chosen))
-        return _finished(model)
+        assert layers, "an empty list means all to the quantizer"
+        level = logging.getLogger().level
+        quantizer = QDQQuantizer(
+            _copy(self._model),
+            True,  # per channel
+            False,  # no reduced range: it helps CPUs without VNNI only, and costs a bit
+            QuantType.QInt8,
+            QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            self._ranges,
+            list(layers),
+            [],
+            list(OP_TYPES),
+            {
+                "ActivationSymmetric": symmetric,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                **({"OpTypesToExcludeOutputQuantization": list(OP_TYPES)} if symmetric else {}),
+            },
+        )
+        quantizer.quantize_model()
+        logging.getLogger().setLevel(level)
+        model = cast(ModelProto, quantizer.model.model)
+        _sort(model)  # the quantizer appends its nodes at the end
+        return model
 
     def float16(self, kept: Collection[str] = ()) -> bytes:
         """A checked graph whose layers compute in float16 between explicit casts.
 
         Input, output, the head, softmax, norms and reductions are float32.
         """
-        model = ModelProto()
-        model.CopyFrom(self._model)
+        model = _copy(self._model)
         wide = {*self.parts.head, *self.parts.last, *kept, *self._inlined}
         narrow(
             model,
@@ -207,25 +233,45 @@ class Quantizer:
         return _finished(model)
 
 
-def _read_unquantised(
-    model: ModelProto, readers: Collection[str] | None, quantised: set[str]
+def _copy(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _read_as_before(
+    model: ModelProto,
+    original: ModelProto,
+    chosen: Collection[str],
+    exact: Collection[str] | None,
 ) -> None:
-    """Let ``readers`` (None: all nodes that are not quantised) read the values before rounding."""
-    nodes = list(model.graph.node)
-    source = {n.output[0]: n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
-    before = {
-        n.output[0]: source[n.input[0]]
-        for n in nodes
-        if n.op_type == "DequantizeLinear" and n.input[0] in source
+    """Undo the rounding of a fully quantised graph around all layers but ``chosen``.
+
+    The result is what the quantizer makes of ``chosen`` alone, without quantising again: pairs that
+    no chosen layer needs go, and float weights come back.
+
+    Args:
+        model: Every layer quantised; changed.
+        original: The graph before; its nodes have the same names.
+        chosen: Layers that stay quantised.
+        exact: Nodes that read values before rounding; None means all that are not chosen. The
+            others read rounded values wherever a chosen layer has made or read them.
+    """
+    before = {node.name: node for node in original.graph.node}
+    constants = {constant.name: constant for constant in original.graph.initializer}
+    touched = {
+        name for layer in chosen for name in (*before[layer].input, *before[layer].output) if name
     }
-    constants = {initializer.name for initializer in model.graph.initializer}
-    for node in nodes:
-        skipped = node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.name in quantised
-        if skipped or (readers is not None and node.name not in readers):
+    for node in model.graph.node:
+        if node.name in chosen or node.name not in before:
             continue
-        for i, name in enumerate(node.input):
-            if before.get(name, name) not in constants:
-                node.input[i] = before.get(name, name)
+        for i, name in enumerate(before[node.name].input):
+            by_value = name not in constants and (exact is None or node.name in exact)
+            if by_value or name not in touched:
+                node.input[i] = name
+    there = {constant.name for constant in model.graph.initializer}
+    missing = {name for node in model.graph.node for name in node.input} & constants.keys() - there
+    model.graph.initializer.extend(constants[name] for name in sorted(missing))
     _drop_unread(model)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -237,6 +238,37 @@ def _build(
     variant = _graph_of(file, precision)
     assert variant is not None  # checked before the first build
     graph = file.member(variant.member)
+    plan, data = build_plan(
+        graph, machine, precision, variant.member, plugins=plugins, settings=settings
+    )
+    return verify_plan(file, variant, plan, TensorRTRuntime(data, plan, device)), data
+
+
+def build_plan(
+    graph: bytes,
+    machine: Machine,
+    precision: Precision = "fp32",
+    member: str = MODEL,
+    *,
+    plugins: bool = True,
+    settings: BuildSettings | None = None,
+) -> tuple[Plan, bytes]:
+    """A plan of one graph for this machine, not yet compared with anything.
+
+    Args:
+        graph: ONNX in that precision.
+        machine: What `this_machine` found.
+        precision: A name of `BUILDABLE`.
+        member: Name of the graph in its engine file.
+        plugins: As in `build_plans`.
+        settings: None takes the defaults.
+
+    Raises:
+        UnsupportedError: triton is missing for the plugins.
+        EngineError: TensorRT refuses the graph.
+    """
+    settings = settings or BuildSettings()
+    digest = hashlib.sha256(graph).hexdigest()
     names = operators(graph) if plugins else ()
     if names:
         portable = settings.hardware == "ampere-plus"
@@ -249,8 +281,8 @@ def _build(
     data = serialise(tensorrt, graph, settings, cache=cache and cache.with_suffix(".timing"))
     plan = Plan(
         member=plan_name(machine, precision),
-        graph=variant.member,
-        graph_sha256=file.manifest.members[variant.member].sha256,
+        graph=member,
+        graph_sha256=digest,
         precision=precision,
         gpu=machine.gpu,
         capability=machine.capability,
@@ -260,7 +292,7 @@ def _build(
         max_batch=settings.max_batch,
         plugins=names,
     )
-    return verify_plan(file, variant, plan, TensorRTRuntime(data, plan, device)), data
+    return plan, data
 
 
 def verify_plan(file: EngineFile, variant: Variant, plan: Plan, runtime: Any) -> Plan:

@@ -6,7 +6,6 @@ preprocessing and the same metrics, so what is measured is what ships.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
@@ -14,20 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastad import calibration
 from fastad.engine.container import read_engine, write_engine
-from fastad.engine.select import open_runtime
-from fastad.errors import EngineError, FastadError, FastadWarning, InputError, UnsupportedError
+from fastad.errors import FastadError, InputError
 from fastad.metrics import PixelMetrics, image_scores
 from fastad.prediction import Prediction
 from fastad.predictor import Predictor, load
 from fastad.preprocess import Source
-from fastad.spec import Calibration, GateReport, Manifest, Variant
-from fastad.training.folder import Sample, load_images, read_mask, scan
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
+from fastad.rejudge import Progress, rejudge
+from fastad.spec import Calibration, Manifest, Variant
+from fastad.training.folder import Sample, read_mask, scan
 
 
 @dataclass(frozen=True)
@@ -332,102 +328,11 @@ def calibrate_model(
     own = {name: t for name, t in fitted.per_category.items() if name in known}
     missing = tuple(name for name in known if name not in own)
     fitted = replace(fitted, per_category=own, uncovered=missing)
-    variants = () if path.is_dir() else _rejudged(path, fitted, samples, runtime, scores, progress)
+    variants: tuple[Variant, ...] = ()
+    if not path.is_dir():
+        variants = rejudge(path, fitted.pooled.value, samples, runtime, scores, progress)
     _store(path, fitted, variants)
     return fitted
-
-
-def _rejudged(
-    path: Path,
-    fitted: Calibration,
-    samples: Sequence[Sample],
-    runtime: str,
-    scores: Sequence[float],  # of that runtime in float32
-    progress: Progress | None,
-) -> tuple[Variant, ...]:
-    """An engine's variants, judged by their false alarms at new thresholds.
-
-    The images are those of the calibration; a variant that cannot run here is refused. One that the
-    gate refused at export has no parity report and stays refused; one that was refused here is
-    judged again every time.
-    """
-    threshold = fitted.pooled.value
-    full = {runtime: np.array(scores)}  # what of float32 is known, by runtime
-
-    with read_engine(path) as engine:
-        base, *lower = engine.manifest.variants
-        spec = engine.manifest.spec.input
-
-        def run(member: str, name: str, precision: str) -> NDArray[np.floating[Any]]:
-            opened = open_runtime(engine.member(member), name, precision, "cpu", cache=False)
-            found: list[NDArray[np.float32]] = []
-            try:
-                for batch, _ in load_images(samples, spec.size, spec.value_range, batch_size=8):
-                    found.append(opened.run(batch)[1])
-                    if progress:
-                        done = min(8 * len(found), len(samples))
-                        progress(f"{name} {precision}", done, len(samples))
-            finally:
-                opened.close()
-            return np.concatenate(found)
-
-        def judge(variant: Variant, report: GateReport) -> tuple[GateReport, int | None]:
-            name = report.runtime
-            try:
-                if name not in full:
-                    full[name] = run(base.member, name, "fp32")
-                own = run(variant.member, name, report.precision)
-            except (EngineError, UnsupportedError) as error:
-                reason = f"the threshold changed after the gate; export again: {error}"
-                return _with_alarms(report, None, reason), None
-            if not np.isfinite(own).all():
-                return _with_alarms(report, None, "some outputs are NaN or infinite"), None
-            alarms, expected = own > threshold, full[name] > threshold
-            rate = float(alarms.mean())
-            interval = calibration.false_alarm_interval(int(expected.sum()), len(expected))
-            reason = calibration.false_alarm_refusal(rate, interval, len(samples))
-            return _with_alarms(report, (rate, interval), reason), int((alarms != expected).sum())
-
-        judged: list[Variant] = []
-        for variant in lower:
-            if not variant.parity and all(report.refused for report in variant.gate):
-                old = [_with_alarms(report, None, report.refused) for report in variant.gate]
-                judged.append(replace(variant, gate=tuple(old)))
-                continue
-            results = {report.runtime: judge(variant, report) for report in variant.gate}
-            for name, (report, _) in results.items():
-                if report.refused:
-                    text = f"{path}: {name} {report.precision} is refused from now on"
-                    warnings.warn(f"{text}: {report.refused}", FastadWarning, stacklevel=3)
-            parity = []
-            for p in variant.parity:
-                flips = results[p.runtime][1] if p.runtime in results else None
-                parity.append(p if flips is None else replace(p, decision_flips=flips))
-            gate = tuple(report for report, _ in results.values())
-            judged.append(replace(variant, gate=gate, parity=tuple(parity)))
-    own_gate = []
-    for report in base.gate:
-        alarms = None
-        if report.runtime in full:
-            above = full[report.runtime] > threshold
-            interval = calibration.false_alarm_interval(int(above.sum()), len(above))
-            alarms = (float(above.mean()), interval)
-        own_gate.append(_with_alarms(report, alarms, report.refused))
-    own_parity = []
-    for p in base.parity:
-        if p.runtime in full:
-            flips = (full[p.runtime] > threshold) != (full[runtime] > threshold)
-            p = replace(p, decision_flips=int(flips.sum()))
-        own_parity.append(p)
-    return (replace(base, gate=tuple(own_gate), parity=tuple(own_parity)), *judged)
-
-
-def _with_alarms(
-    report: GateReport, alarms: tuple[float, tuple[float, float]] | None, refused: str
-) -> GateReport:
-    """A gate report with another rate and interval, or none, and another reason."""
-    rate, interval = alarms or (None, None)
-    return replace(report, false_alarm_rate=rate, false_alarm_interval=interval, refused=refused)
 
 
 def _held_out(path: Path) -> list[Sample]:

@@ -206,6 +206,38 @@ def test_test_images_do_not_hide_the_order_of_the_normal_ones() -> None:
     assert measure(Arithmetic(), turned, None).score_rank_correlation == pytest.approx(-1.0)
 
 
+def half_normal(count: int) -> GateImages:
+    """The brighter half is anomalous; its images come last, without masks."""
+    images = ramp(count)
+    half = count // 2
+    tested = [replace(s, is_anomalous=True) for s in images.samples[half:]]
+    return GateImages(images.pixels, (*images.samples[:half], *tested), half // 2)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.2, 3.0])
+def test_a_judged_measure_gives_the_same_verdict(error: float) -> None:
+    images, limits = half_normal(40), Limits()
+    reference = refer(Arithmetic(), images)
+    full = judge(measure(Arithmetic(error), reference, 2.3), limits, images)
+    quick = judge(measure(Arithmetic(error), reference, 2.3, limits), limits, images)
+    assert bool(quick.refused) == bool(full.refused) == (error > 0.1)
+    if not full.refused:
+        assert quick == full
+
+
+def test_normal_images_come_first_and_their_refusal_spares_the_others() -> None:
+    images = half_normal(40)
+    reference, runtime = refer(Arithmetic(), images), Arithmetic(3.0)
+    report = measure(runtime, reference, 2.3, Limits())
+    assert runtime.runs == 3  # twenty normal images of forty
+    assert "false alarms on 20 normal images" in report.refused
+    assert report.image_auroc_change is None
+    assert report.map_mean == pytest.approx(0.6)
+    everything = Arithmetic(3.0)
+    assert measure(everything, reference, 2.3).image_auroc_change == pytest.approx(0.0)
+    assert everything.runs == 6
+
+
 def test_outputs_that_are_not_finite_are_refused() -> None:
     report = measure(Arithmetic(float("nan")), refer(Arithmetic(), ramp(9)), threshold=4.5)
     refused = judge(report, Limits(1e9, 1e9, -1.0, 1e9), ramp(9)).refused

@@ -179,7 +179,9 @@ def test_a_function_serves_windows_of_every_kind(runtime: str) -> None:
 @pytest.fixture(scope="module", params=["uniad", "grad"])
 def exported(request: pytest.FixtureRequest) -> tuple[Method, onnx.ModelProto]:
     torch.manual_seed(0)
-    config = TINY[request.param] | ({"feature_scale": 1.0} if request.param == "grad" else {})
+    config = TINY.get(request.param, {}) | (
+        {"feature_scale": 1.0} if request.param == "grad" else {}
+    )
     built = build(request.param, config, weights="random").eval()
     return built, onnx.load_from_string(to_onnx(built))
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ import onnx
 import onnxruntime
 import openvino as ov
 import pytest
-from fastad.export import plain
+from fastad.export import plain, to_tensorrt
 from fastad.export.plain import export_plain
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastad.engine.base import Outputs
 from fastad.engine.parity import MAP_LIMIT
+from fastad.engine.plans import Machine, Plan
 from fastad.engine.pytorch import PyTorchRuntime
-from fastad.errors import EngineError, InputError
+from fastad.errors import EngineError, InputError, UnsupportedError
 from fastad.training.checkpoint import load_checkpoint
 
 FORMATS = {"onnx": "a.onnx", "openvino": "a.xml"}
@@ -165,7 +168,8 @@ def test_the_resize_in_words_is_the_resize(folder: Path) -> None:
     [
         ("a.engine", "onnx", r"out: expected a name ending in \.onnx"),
         ("a.onnx", "openvino", r"out: expected a name ending in \.xml"),
-        ("a.onnx", "tensorrt", "format: expected onnx or openvino, got 'tensorrt'"),
+        ("a.onnx", "tensorrt", "format: expected onnx, openvino, plan, got 'tensorrt'"),
+        ("a.engine", "plan", r"out: expected a name ending in \.plan"),
         ("missing/a.onnx", "onnx", "the folder .* does not exist; create it first"),
     ],
 )
@@ -198,3 +202,81 @@ def test_a_failed_write_leaves_no_description(
     with pytest.raises(EngineError, match="No space left"):
         export_plain(texture_run, tmp_path / "a.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Pretended:
+    """Stands for a plan that TensorRT loaded: what PyTorch gives, and ``error`` of its range."""
+
+    name = "tensorrt"
+    precision = "fp32"
+    error = 0.0
+    run_folder = Path()
+
+    def __init__(self, data: bytes, plan: Plan, device: str) -> None:
+        assert (data, plan.gpu, device) == (b"a plan", H200.gpu, "cuda")
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        maps, scores = PyTorchRuntime(load_checkpoint(self.run_folder).method).run(images)
+        return maps + np.float32(self.error * np.ptp(maps)), scores
+
+    def close(self) -> None:
+        pass
+
+
+H200 = Machine("NVIDIA H200", (9, 0), "11.4.0.106")
+
+
+@pytest.fixture
+def built_from(texture_run: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """A pretended H200 whose builder answers ``a plan``; receives the graphs it was given."""
+    graphs: list[bytes] = []
+
+    def serialise(_: object, graph: bytes, *rest: object, **more: object) -> bytes:
+        graphs.append(graph)
+        return b"a plan"
+
+    monkeypatch.setattr(Pretended, "run_folder", texture_run)
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    monkeypatch.setattr(plain.tensorrt, "why_unsupported", lambda *_: None)
+    monkeypatch.setattr(plain.tensorrt, "this_machine", lambda _: H200)
+    monkeypatch.setattr(plain.tensorrt, "TensorRTRuntime", Pretended)
+    monkeypatch.setattr(to_tensorrt, "register", lambda: {"GridInterpolate": "GridInterpolate_0"})
+    monkeypatch.setattr(to_tensorrt, "serialise", serialise)
+    return graphs
+
+
+def test_a_plan_is_built_compared_and_described(
+    built_from: list[bytes], texture_run: Path, tmp_path: Path
+) -> None:
+    assert export_plain(texture_run, tmp_path / "a.plan", "plan") == tmp_path / "a.plan"
+    assert (tmp_path / "a.plan").read_bytes() == b"a plan"
+    (graph,) = built_from
+    assert "GridInterpolate_0" in {n.op_type for n in onnx.load_from_string(graph).graph.node}
+    found = json.loads((tmp_path / "a.plan.json").read_text())
+    assert found["files"]["a.plan"]["sha256"] == hashlib.sha256(b"a plan").hexdigest()
+    assert found["graph"]["tensorrt"] == H200.tensorrt
+    assert (found["graph"]["gpu"], found["graph"]["compute_capability"]) == (H200.gpu, [9, 0])
+    assert found["graph"]["max_batch"] == 8
+    assert [report["runtime"] for report in found["parity"]] == ["tensorrt"]
+    assert found["input"]["name"] == "image"
+
+
+def test_a_plan_that_differs_is_not_written(
+    built_from: list[bytes], texture_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pretended, "error", 0.01)
+    with pytest.raises(EngineError, match="parity: tensorrt fp32 differs"):
+        export_plain(texture_run, tmp_path / "a.plan", "plan")
+    assert len(built_from) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_tensorrt_a_plan_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastad.engine.cuda.find_spec", lambda name: None)
+    with pytest.raises(
+        UnsupportedError,
+        match=r"tensorrt: tensorrt not installed; .* built on the machine that will run it",
+    ):
+        export_plain("there is no run", tmp_path / "a.plan", "plan")

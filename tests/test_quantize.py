@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ import torch
 from fastad.export import to_onnx
 from fastad.export.quantize import OP_TYPES, Quantizer
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from test_methods import TINY
 
 from fastad.engine.select import open_runtime, why_unsupported
@@ -41,7 +42,7 @@ class Made:
 @pytest.fixture(scope="module", params=methods())
 def made(request: pytest.FixtureRequest) -> Made:
     torch.manual_seed(0)
-    method = build(request.param, TINY[request.param], weights="random")
+    method = build(request.param, TINY.get(request.param, {}), weights="random")
     if request.param == "grad":
         method.config = dataclasses.replace(method.config, feature_scale=1.0)
     graph, images = to_onnx(method), frames(method.input.size)
@@ -143,6 +144,42 @@ def test_kept_layers_are_not_quantised(made: Made) -> None:
     assert {node.name for node in quantised(model)} == set(layers[3:])
 
 
+@pytest.mark.parametrize("activations", ["s8", "u8"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_keeping_layers_is_what_quantising_the_others_gives(
+    made: Made, activations: Literal["s8", "u8"], half: int
+) -> None:
+    """The same nodes, names and constants as ONNX Runtime's quantizer leaves."""
+    layers, head = made.quantizer.parts.layers, set(made.quantizer.parts.head)
+    chosen = layers[half::2]
+    symmetric = activations == "s8"
+    again = made.quantizer._quantised(chosen, symmetric)
+    rounded = {}  # what a pair gives -> what it reads
+    by_output = producers(again)
+    for node in again.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in by_output:
+            rounded[node.output[0]] = by_output[node.input[0]].input[0]
+    expected = {}
+    for node in again.graph.node:
+        exact = node.name not in chosen and (symmetric or node.name in head)
+        read = [rounded.get(name, name) if exact else name for name in node.input]
+        expected[node.name] = (node.op_type, read, list(node.output))
+    data = made.quantizer.int8(activations, [n for n in layers if n not in chosen])
+    model = onnx.load_from_string(data)
+    found = {n.name: (n.op_type, list(n.input), list(n.output)) for n in model.graph.node}
+    assert found == {name: expected[name] for name in found}
+    values = {i.name: i for i in again.graph.initializer}
+    for constant in model.graph.initializer:
+        value = numpy_helper.to_array(constant)
+        assert value.dtype == numpy_helper.to_array(values[constant.name]).dtype
+        np.testing.assert_array_equal(value, numpy_helper.to_array(values[constant.name]))
+    # what is missing is nothing but pairs that nobody reads
+    assert {expected[name][0] for name in expected.keys() - found.keys()} <= {
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
+
+
 def test_with_every_layer_kept_the_graph_computes_the_same(made: Made) -> None:
     plain = made.quantizer.int8(kept=made.quantizer.parts.layers)
     if reason := why_unsupported("onnxruntime", "fp32"):
@@ -183,3 +220,29 @@ def test_float16_keeps_outputs_distances_and_softmax_in_float32(made: Made) -> N
 
 def test_equal_inputs_give_equal_bytes(made: Made) -> None:
     assert Quantizer(made.graph, made.images).int8() == made.s8
+
+
+def test_a_lone_outlier_does_not_widen_the_range_of_all_other_values() -> None:
+    size = 400
+    weights = [np.ones((2, 3, 1, 1), np.float32), np.ones((1, 2, 1, 1), np.float32)]
+    constants = [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
+    nodes = [
+        helper.make_node("Cast", ["image"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["wide"], ["x"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["x", "w0"], ["y"]),
+        helper.make_node("Conv", ["y", "w1"], ["anomaly_map"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "two layers",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["B", size, size, 3])],
+        [helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, ["B", 1, size, size])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    images = np.full((2, size, size, 3), 20, np.uint8)
+    images[1, 7, 7, 0] = 255
+    made = onnx.load_from_string(Quantizer(model.SerializeToString(), images).int8())
+    (pair,) = [n for n in made.graph.node if n.op_type == "QuantizeLinear"]
+    scales = {i.name: float(numpy_helper.to_array(i)) for i in made.graph.initializer if not i.dims}
+    assert scales[pair.input[1]] * 127 == pytest.approx(20, rel=0.02)
