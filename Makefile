@@ -19,9 +19,18 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Needs nothing but the demo, which it makes. `python -m bench.soak` and `bench.peers` stand apart.
+DEMO_MODELS := demo/run demo/bench/grad.engine \
+	$(foreach m,uniad rd4ad intra,demo/bench/$(m).quick demo/bench/$(m).engine)
+
 bench: .venv/ready
 	$(BIN)/python -m bench.resize
 	$(BIN)/python -m bench.ops --threads 1
+	$(BIN)/python -m bench.engines demo
+	$(BIN)/python -m bench.models $(DEMO_MODELS)
+	$(BIN)/python -m bench.end_to_end demo/bench/grad.engine
+	$(BIN)/python -m bench.precisions demo/run --test-data demo/textures --name demo
+	$(BIN)/python -m bench.cold demo/textures.engine
 
 # Rebuilt when the C++ sources or the declared dependencies change.
 .venv/ready: $(SOURCES)

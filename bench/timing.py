@@ -6,6 +6,7 @@ shared slows all of them; ratios are formed within a round and their median is r
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.metadata
 import json
@@ -40,6 +41,17 @@ PACKAGES = (
     "triton",
 )
 
+MACHINE = {  # field of a result file: what it holds
+    "cpu": str,
+    "cores": int,
+    "system": str,
+    "python": str,
+    "packages": dict,
+    "commit": (str, type(None)),  # None outside a checkout
+    "load_1min_before": (float, type(None)),  # None where the system does not say
+    "idle_before": (bool, type(None)),
+}
+
 # Above this share of the cores in the 1-minute load average, other work disturbs the figures.
 IDLE_LOAD_PER_CORE = 0.25
 
@@ -73,7 +85,7 @@ def compare(
     Args:
         variants: What to time, by name; a round calls each once, in this order.
         rounds: Timed rounds, each giving every variant one measurement.
-        warmup: Rounds before that, not timed.
+        warmup: Rounds before that, not timed; one suffices if it takes a quarter of the budget.
         baseline: The variant whose time the ratios are relative to.
         budget_s: Stop early, after at least three rounds, when the timed rounds took this long.
         synchronize: Called inside the timed region after the variant, to wait for a device.
@@ -85,7 +97,10 @@ def compare(
         raise ValueError(f"expected variants and rounds, got {len(variants)} and {rounds}")
     if baseline is not None and baseline not in variants:
         raise ValueError(f"baseline: expected one of {sorted(variants)}, got {baseline!r}")
-    for _ in range(warmup):
+    start = time.perf_counter()
+    for done in range(warmup):
+        if budget_s is not None and done >= 1 and time.perf_counter() - start > budget_s / 4:
+            break
         for call in variants.values():
             _time_ns(call, synchronize)
     times_ns: dict[str, list[int]] = {name: [] for name in variants}
@@ -128,6 +143,16 @@ def _timing(times_ns: Sequence[int], base_ns: Sequence[int] | None) -> Timing:
     return Timing(percentile_ms(50), percentile_ms(90), percentile_ms(99), len(times_ns), ratio)
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that every bench with a result file takes: ``--name`` and ``--results``."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--name", default="", help="goes behind the suite's name in the result file")
+    found.add_argument("--results", type=Path, default=RESULTS, help="folder for all versions")
+    return found
+
+
 def machine() -> dict[str, Any]:
     """Describe this machine and checkout; call it before timing, for its load average."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -163,16 +188,49 @@ def write_result(
         about: What `machine` returned before the timing; asked now if not given.
         device: What ran it: "cpu", or the GPU's name.
         results: Folder for all versions.
+
+    Raises:
+        ValueError: the file would not be what `check_document` expects.
     """
     about = machine() if about is None else about
-    name = f"{suite}--{_slug(about['cpu'])}-{about['cores']}-cores--{_slug(device)}.json"
-    path = results / (_version("fastad") or "unreleased") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"suite": suite, "device": device, "machine": dict(about), **payload}
+    check_document(document)
+    path = version_folder(results) / file_name(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.part")
     beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     beside.replace(path)
     return path
+
+
+def version_folder(results: Path = RESULTS) -> Path:
+    """Where the results of the installed version lie."""
+    return results / (_version("fastad") or "unreleased")
+
+
+def file_name(document: Mapping[str, Any]) -> str:
+    """Name of a result's file: suite, machine and device."""
+    about = document["machine"]
+    place = f"{_slug(about['cpu'])}-{about['cores']}-cores"
+    return f"{document['suite']}--{place}--{_slug(document['device'])}.json"
+
+
+def check_document(document: Mapping[str, Any]) -> None:
+    """Check a result: suite, device, machine with its idle flag, and rows of the same kind.
+
+    Raises:
+        ValueError: a field is missing or of another type, there are no rows, or a row is empty.
+    """
+    for name, kind in (("suite", str), ("device", str), ("machine", dict), ("rows", list)):
+        if not isinstance(document.get(name), kind):
+            raise ValueError(f"{name}: expected {kind.__name__}, got {document.get(name)!r}")
+    for name, kinds in MACHINE.items():
+        about = document["machine"]
+        if name not in about or not isinstance(about[name], kinds):
+            raise ValueError(f"machine.{name}: expected {kinds}, got {about.get(name)!r}")
+    rows = document["rows"]
+    if not rows or not all(isinstance(row, dict) and row for row in rows):
+        raise ValueError(f"rows: expected a list of objects with fields, got {rows!r:.80}")
 
 
 def table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,9 +47,15 @@ Runtime = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp16.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
+Mode = Annotated[
+    str, typer.Option(help="latency: all cores on one image; throughput: an image on each core.")
+]
 Categories = Annotated[list[str] | None, typer.Option("--category", help="Only these; repeat.")]
 ValueRange = Annotated[
     tuple[float, float] | None, typer.Option(help="Black and white of images above 8 bits.")
+]
+Tile = Annotated[
+    str | None, typer.Option(help="Tiles of the image, in pixels: 512, or 384x512 for H x W.")
 ]
 Rate = Annotated[float, typer.Option(help="Accepted share of normal images called anomalous.")]
 
@@ -161,7 +167,7 @@ def export(
         bool, typer.Option("--weights", help="Store weights too, for PyTorch on a GPU.")
     ] = False,
     format_: Annotated[
-        str, typer.Option("--format", help="engine; or plain files: onnx, openvino.")
+        str, typer.Option("--format", help="engine; or plain files: onnx, openvino, plan.")
     ] = "engine",
     json_: Json = False,
 ) -> None:
@@ -254,6 +260,14 @@ def predict(
     overlays: Annotated[Path | None, typer.Option(help="Folder for heat map images.")] = None,
     maps: Annotated[Path | None, typer.Option(help="Folder for float32 maps (.npy).")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder for masks (.png).")] = None,
+    tile: Tile = None,
+    overlap: Annotated[float, typer.Option(help="Least share of a tile seen by the next.")] = 0.25,
+    region: Annotated[
+        Path | None, typer.Option(help="Mask image: only what is not black counts.")
+    ] = None,
+    ignore: Annotated[
+        Path | None, typer.Option(help="Mask image: what is not black does not count.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Videos, camera numbers, rtsp:// addresses.")
     ] = False,
@@ -261,6 +275,7 @@ def predict(
     runtime: Runtime = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
+    mode: Mode = "latency",
     json_: Annotated[
         bool, typer.Option("--json", help="As elsewhere; predict prints JSON lines anyway.")
     ] = False,
@@ -270,17 +285,19 @@ def predict(
     from fastad.preprocess import Source, expand
     from fastad.sinks import ImageFolders, LineFile
 
+    area: dict[str, Any] = {"tile": _tile(tile), "overlap": overlap}
+    area |= {"region": region, "ignore": ignore}
+    chosen = {"device": device, "runtime": runtime, "precision": precision, "mode": mode}
     if stream:
         if overlays or maps or masks or out:
             raise InputError(
                 "--stream: writes JSON lines to stdout; leave out --out, --overlays, --maps and "
                 "--masks"
             )
-        chosen = {"device": device, "runtime": runtime, "precision": precision}
         with load(engine, **chosen, threads=threads) as predictor, LineFile(None) as lines:
             source = sources if len(sources) > 1 else sources[0]
             options = {"threshold": threshold, "category": category, "value_range": value_range}
-            for each in predictor.stream(source, events=True, **options):
+            for each in predictor.stream(source, events=True, **options, **area):
                 lines.write(json.dumps(each.to_dict()))
         return
     paths = expand(sources)
@@ -291,9 +308,7 @@ def predict(
         unreadable.append(str(error))
 
     with (
-        load(
-            engine, device=device, runtime=runtime, precision=precision, threads=threads
-        ) as predictor,
+        load(engine, **chosen, threads=threads) as predictor,
         LineFile(out) as lines,
         Bars() as bars,
     ):
@@ -304,6 +319,7 @@ def predict(
             threshold=threshold,
             category=category,
             value_range=value_range,
+            **area,
             on_unreadable=note,
         )
         for done, prediction in enumerate(results, 1):
@@ -314,6 +330,16 @@ def predict(
         for line in unreadable:
             messages.print(f"  {line}", markup=False, soft_wrap=True)
         raise typer.Exit(PARTLY_FAILED)
+
+
+def _tile(text: str | None) -> tuple[int, int] | None:
+    """``512`` or ``384x512`` as (H, W)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"--tile: expected pixels such as 512, or 384x512 for H x W, got {text}")
+    return int(sides[0]), int(sides[-1])
 
 
 @app.command()

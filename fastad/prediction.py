@@ -33,7 +33,10 @@ class Prediction:
         category: As given to ``predict``.
         path: The file, or None for an image from memory.
         orig_shape: (H, W) of the original image.
-        model_map: float32 at model size [H, W], straight from the graph.
+        model_map: float32 at model size [H, W], straight from the graph; of a tiled image the maps
+            of its tiles, joined.
+        counted: bool [H, W] at original size, what counts; None where all does, as without
+            ``region`` and ``ignore``.
         speed: Milliseconds per image, a mean over the images that ran together: ``decode`` (file
             or float array to uint8), ``preprocess``, ``inference``, ``postprocess``.
     """
@@ -50,6 +53,7 @@ class Prediction:
         model_map: NDArray[np.float32],
         map_scale: tuple[float, float] | None,
         speed: dict[str, float],
+        counted: NDArray[np.bool_] | None = None,
     ) -> None:
         self.raw_score = raw_score
         self.pred_score = pred_score
@@ -59,6 +63,7 @@ class Prediction:
         self.orig_shape = orig_shape
         self.model_map = model_map
         self.speed = speed
+        self.counted = counted
         self._source = source
         self._map_scale = map_scale
 
@@ -69,8 +74,14 @@ class Prediction:
 
     @cached_property
     def anomaly_map(self) -> NDArray[np.float32]:
-        """float32 [H, W] at original size: ``model_map`` bilinearly resized, equal if same size."""
-        return _native.resize_map(self.model_map, self.orig_shape)
+        """float32 [H, W] at original size: ``model_map`` bilinearly resized, equal if same size.
+
+        0 where a pixel does not count.
+        """
+        resized = _native.resize_map(self.model_map, self.orig_shape)
+        if self.counted is not None:
+            resized[~self.counted] = 0.0
+        return resized
 
     @cached_property
     def pred_mask(self) -> NDArray[np.bool_]:
@@ -90,8 +101,9 @@ class Prediction:
         return self.mask_at((self._map_scale[0] + self._map_scale[1]) / 2)
 
     def mask_at(self, value: float) -> NDArray[np.bool_]:
-        """bool [H, W] at original size: anomaly map above ``value``."""
-        return _native.threshold_mask(self.anomaly_map, value)
+        """bool [H, W] at original size: counting pixels with an anomaly map above ``value``."""
+        mask = _native.threshold_mask(self.anomaly_map, value)
+        return mask if self.counted is None else mask & self.counted
 
     @cached_property
     def regions(self) -> tuple[Region, ...]:
@@ -126,7 +138,8 @@ class Prediction:
         """
         image = self.orig_img
         if self._map_scale is None or per_image_scale:
-            low, high = float(self.anomaly_map.min()), float(self.anomaly_map.max())
+            seen = self.anomaly_map if self.counted is None else self.anomaly_map[self.counted]
+            low, high = float(seen.min()), float(seen.max())
             return overlay(image, self.anomaly_map, (low, high if high > low else low + 1.0))
         return overlay(image, self.anomaly_map, self._map_scale, self.pred_mask)
 

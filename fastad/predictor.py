@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from os import PathLike
 from types import TracebackType
@@ -13,19 +19,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from fastad import calibration
+from fastad import calibration, forked
 from fastad.engine.base import Runtime
 from fastad.engine.container import read_engine
 from fastad.engine.opening import open_engine
-from fastad.errors import EngineError, FastadError, InputError
+from fastad.errors import FastadError, FastadWarning, InputError
+from fastad.feed import Feed
+from fastad.inspected import Area
+from fastad.look import BATCH, Aim, Frames, Graph, aim_at
+from fastad.pending import Workers
 from fastad.prediction import Prediction
-from fastad.preprocess import Color, Frame, Source, ValueRange, collect, to_batch
+from fastad.preprocess import Color, Source, ValueRange, collect
 from fastad.spec import Manifest, Threshold
 
 if TYPE_CHECKING:
     from fastad.camera.events import StreamEvent, StreamResult
-
-BATCH = 8  # images per run: larger batches gain nothing on CPUs and cost memory
 
 Unreadable = Callable[[Source, FastadError], None]
 
@@ -37,6 +45,7 @@ def load(
     runtime: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
+    mode: str = "latency",
 ) -> Predictor:
     """Open an engine file for prediction.
 
@@ -49,6 +58,10 @@ def load(
             ``fp32`` where there was none; logger ``fastad`` says which and why. By name: ``fp32``,
             ``bf16``, ``int8`` or ``fp16``, if the engine holds it.
         threads: Cores to use; None takes all.
+        mode: ``latency``: all cores work on one image, for the shortest time to its result.
+            ``throughput``: each core works on an image of its own, for the most images per second
+            of lists, streams, `Predictor.submit` and concurrent callers; one image alone then takes
+            longer. Of a GPU it changes nothing: larger batches are its throughput.
 
     Raises:
         EngineError: the file is missing, damaged, or of a newer format, or its accuracy gate
@@ -57,7 +70,7 @@ def load(
         UnsupportedError: this machine cannot serve the request; the message says why.
     """
     with read_engine(path) as engine:
-        opened = open_engine(engine, runtime, precision, device, threads)
+        opened = open_engine(engine, runtime, precision, device, threads, mode)
         return Predictor(engine.manifest, opened)
 
 
@@ -68,15 +81,28 @@ class Request:
     applied: Threshold | None  # calibrated, moved to the caller's value if there is one
     value: float | None  # what decides; None if nothing does
     category: str | None
+    aim: Aim
 
 
 class Predictor:
-    """Turns images into `Prediction` objects. Thread-safe; owns its runtime until `close`."""
+    """Turns images into `Prediction` objects. Thread-safe; owns its runtime until `close`.
+
+    Not fork-safe, as no runtime is: its threads do not exist in a forked child, which would wait
+    for them for ever. There every call is an `InputError` instead, and `close` does nothing. Call
+    `fastad.load` in the child, or better start children by ``spawn``. A child that inherits a
+    loaded ONNX Runtime has to leave by ``os._exit``, as those of multiprocessing do: ONNX Runtime's
+    own clean-up hangs there. It cannot be pickled either.
+    """
 
     def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
         self.manifest = manifest
         self.runtime = runtime
+        self._feed = Feed(runtime, manifest.spec.input.size)
+        forked.register(runtime)
+        self._workers: Workers | None = None
+        self._starting = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
 
     def predict(
         self,
@@ -86,6 +112,10 @@ class Predictor:
         color: Color = "rgb",
         category: str | None = None,
         value_range: ValueRange | None = None,
+        tile: tuple[int, int] | int | None = None,
+        overlap: float = 0.25,
+        region: Area | None = None,
+        ignore: Area | None = None,
     ) -> Prediction | list[Prediction]:
         """Look at one image or many.
 
@@ -97,6 +127,20 @@ class Predictor:
             category: Product class, for its own threshold; None applies the pooled one.
             value_range: Grey levels (low, high) of images with more than 8 bits; None takes the
                 range the engine was trained with.
+            tile: (H, W), or one side, of tiles in pixels of the original image: the model looks at
+                each at its own input size, so the model's size means full resolution. The raw score
+                is the largest of the tiles' own; an image that one tile covers is seen as without.
+                Thresholds were calibrated on whole images, and a maximum over many tiles is higher:
+                pass ``threshold=`` with it, for example the ``pooled.value`` that
+                `fastad.calibration.calibrate` finds from raw scores of normal images, made with the
+                same tile. Without one a `FastadWarning` says so. `fastad.tiling` states the memory.
+            overlap: Least share, 0..0.9, of a tile that its neighbour sees too.
+            region: What counts, all by default: a bool mask [H, W], the path of a mask image, or a
+                list of boxes (x0, y0, x1, y1) and polygons [(x, y), ...], in pixels of the original
+                image. All else is 0 on ``anomaly_map``, in no mask or region, and takes no part in
+                the score, which is the method's own rule on what counts
+                (`fastad.inspected.peak_and_share`). Tiles without anything that counts do not run.
+            ignore: What does not count, in the same forms.
 
         Returns:
             One `Prediction` for one image; a list, in order, for a list or a batch.
@@ -105,8 +149,17 @@ class Predictor:
             InputError: an argument that cannot be used, before anything ran; or an image that
                 cannot be decoded.
             EngineError: the runtime fails, or its score is not finite.
+            UnsupportedError: a region, and an engine of an early version that does not record its
+                score rule.
         """
-        request = self.request(threshold=threshold, category=category)
+        request = self.request(
+            threshold=threshold,
+            category=category,
+            tile=tile,
+            overlap=overlap,
+            region=region,
+            ignore=ignore,
+        )
         sources, single = self._collect(images, color, value_range)
         found = list(self._iterate(sources, request, None))
         return found[0] if single else found
@@ -121,9 +174,15 @@ class Predictor:
         color: Color = "rgb",
         category: str | None = None,
         value_range: ValueRange | None = None,
+        tile: tuple[int, int] | int | None = None,
+        overlap: float = 0.25,
+        region: Area | None = None,
+        ignore: Area | None = None,
         on_unreadable: Unreadable | None = None,
     ) -> Iterator[Prediction]:
         """Like `predict`, one result at a time: of a list of paths, memory holds one batch only.
+
+        With tiles that is one image.
 
         Arguments are checked at the call; images are read as the results are asked for.
 
@@ -133,12 +192,98 @@ class Predictor:
             color: As in `predict`.
             category: As in `predict`.
             value_range: As in `predict`.
+            tile: As in `predict`.
+            overlap: As in `predict`.
+            region: As in `predict`.
+            ignore: As in `predict`.
             on_unreadable: Called with each image that cannot be decoded and its error; the image
                 is left out. None raises the error instead.
         """
-        request = self.request(threshold=threshold, category=category)
+        request = self.request(
+            threshold=threshold,
+            category=category,
+            tile=tile,
+            overlap=overlap,
+            region=region,
+            ignore=ignore,
+        )
         sources, _ = self._collect(images, color, value_range)
         return self._iterate(sources, request, on_unreadable)
+
+    def submit(
+        self,
+        image: object,
+        *,
+        threshold: float | None = None,
+        color: Color = "rgb",
+        category: str | None = None,
+        value_range: ValueRange | None = None,
+        tile: tuple[int, int] | int | None = None,
+        overlap: float = 0.25,
+        region: Area | None = None,
+        ignore: Area | None = None,
+    ) -> Future[Prediction]:
+        """Like `predict` of one image, done by a few threads: while one image runs, the next is
+        decoded and resized.
+
+        One thread for each run that the runtime takes at once, and one more; twice as many images
+        may wait. Beyond that the call itself waits, so that memory stays bounded however fast
+        images come. An image in memory must not be changed before its result is there.
+
+        Args:
+            image: As in `predict`, one image.
+            threshold: As in `predict`.
+            color: As in `predict`.
+            category: As in `predict`.
+            value_range: As in `predict`.
+            tile: As in `predict`.
+            overlap: As in `predict`.
+            region: As in `predict`.
+            ignore: As in `predict`.
+
+        Returns:
+            A future of its `Prediction`, or of what is wrong with this image; others go on. Images
+            are begun in order. ``cancel()`` works until an image is begun. `close` finishes what
+            was submitted.
+
+        Raises:
+            InputError: another argument that cannot be used, or the predictor is closed; or the
+                queue is full and a future's callback asks, in one of the threads that empty it.
+            UnsupportedError: as in `predict`.
+        """
+        request = self.request(
+            threshold=threshold,
+            category=category,
+            tile=tile,
+            overlap=overlap,
+            region=region,
+            ignore=ignore,
+        )
+        self._collect((), color, value_range)  # refuses these two; images answer in their futures
+        work = partial(self._one, image, color, value_range, request)
+        return self._started().submit(work)
+
+    def _one(
+        self, image: object, color: Color, value_range: ValueRange | None, request: Request
+    ) -> Prediction:
+        sources, single = self._collect(image, color, value_range)
+        if not single:
+            raise InputError(
+                f"image: expected one image, got {len(sources)}; submit each by itself, or use "
+                "predict"
+            )
+        (found,) = self._iterate(sources, request, None)
+        return found
+
+    def _started(self) -> Workers:
+        with self._starting:
+            if self._workers is None:
+                self._check_open()
+                threads = self._feed.turns + 1
+                self._workers = Workers("fastad submit", threads, 2 * threads)
+                # A predictor that is dropped instead of closed leaves no threads.
+                weakref.finalize(self, self._workers.close, cancel=True).atexit = False
+            return self._workers
 
     def stream(self, source: object, **options: Any) -> Generator[StreamResult | StreamEvent]:
         """Results of a video, a camera, ``rtsp://``, a folder or an iterable, as frames come.
@@ -155,6 +300,11 @@ class Predictor:
 
         return stream(self, source, **options)
 
+    @property
+    def runs_at_once(self) -> int:
+        """How many batches the runtime takes at once; others wait for their turn."""
+        return self._feed.turns
+
     def _collect(
         self, images: object, color: Color, value_range: ValueRange | None
     ) -> tuple[list[Source], bool]:
@@ -167,10 +317,12 @@ class Predictor:
         request: Request,
         on_unreadable: Unreadable | None,
     ) -> Iterator[Prediction]:
-        for start in range(0, len(sources), BATCH):
+        # Images that are decoded together.
+        count = 1 if request.aim.tiling else max(BATCH, self._feed.turns)
+        for start in range(0, len(sources), count):
             began = time.perf_counter()
-            frames: list[tuple[Source, Frame]] = []
-            for source in sources[start : start + BATCH]:
+            frames: Frames = []
+            for source in sources[start : start + count]:
                 try:
                     frames.append((source, source.frame()))
                 except FastadError as error:
@@ -180,59 +332,68 @@ class Predictor:
             if frames:
                 yield from self.run(frames, request, began)
 
-    def run(
-        self, frames: list[tuple[Source, Frame]], request: Request, began: float
-    ) -> list[Prediction]:
+    def run(self, frames: Frames, request: Request, began: float) -> list[Prediction]:
         """Results of decoded frames, for `fastad.camera`; ``began`` is when decoding started."""
         self._check_open()  # it may have been closed between two results
         decoded = time.perf_counter()
-        batch = to_batch([frame for _, frame in frames], self.manifest.spec.input.size)
-        prepared = time.perf_counter()
-        maps, scores = self.runtime.run(batch)
-        ran = time.perf_counter()
-        for (source, _), raw in zip(frames, scores.tolist(), strict=True):
-            if not math.isfinite(raw):  # no threshold holds back a NaN: it would pass as normal
-                raise EngineError(
-                    f"{source.name}: the raw score is {raw} on {self.runtime.name} "
-                    f"{self.runtime.precision}; run `fastad verify` on the engine"
-                )
+        graph = Graph(self._feed, self.manifest.spec)
+        looks = graph.look(frames, request.aim)
         scale = self.manifest.calibration.map_scale if self.manifest.calibration else None
         applied = request.applied
         calibrated = [
-            calibration.pred_score(raw, applied) if applied else None for raw in scores.tolist()
+            calibration.pred_score(look.raw_score, applied) if applied else None for look in looks
         ]
         per_image = 1000.0 / len(frames)
+        graph_s = graph.preprocess_s + graph.waited_s + graph.inference_s
         speed = {
             "decode": (decoded - began) * per_image,
-            "preprocess": (prepared - decoded) * per_image,
-            "inference": (ran - prepared) * per_image,
-            "postprocess": (time.perf_counter() - ran) * per_image,
+            "preprocess": graph.preprocess_s * per_image,
+            "inference": graph.inference_s * per_image,
+            "postprocess": (time.perf_counter() - decoded - graph_s) * per_image,
         }
         return [
             Prediction(
-                raw_score=raw,
+                raw_score=look.raw_score,
                 pred_score=score,
                 threshold=request.value,
                 category=request.category,
                 source=source,
                 orig_shape=frame.size,
-                model_map=model_map,
+                model_map=look.model_map,
                 map_scale=scale,
                 speed=dict(speed),
+                counted=look.counted,
             )
-            for (source, frame), model_map, raw, score in zip(
-                frames, maps, scores.tolist(), calibrated, strict=True
-            )
+            for (source, frame), look, score in zip(frames, looks, calibrated, strict=True)
         ]
 
-    def request(self, *, threshold: float | None = None, category: str | None = None) -> Request:
-        """Check what a call asks for.
+    def request(
+        self,
+        *,
+        threshold: float | None = None,
+        category: str | None = None,
+        tile: tuple[int, int] | int | None = None,
+        overlap: float = 0.25,
+        region: Area | None = None,
+        ignore: Area | None = None,
+    ) -> Request:
+        """Check what a call asks for; arguments are those of `predict`.
 
         Raises:
             InputError: an argument that cannot be used.
+            UnsupportedError: a region, and an engine that does not record its score rule.
         """
         applied = self.threshold_for(category, threshold)
-        return Request(applied, applied.value if applied else threshold, category)
+        aim = aim_at(self.manifest.spec, tile, overlap, region, ignore)
+        if aim.tiling and applied and threshold is None:
+            warnings.warn(
+                "tile: the threshold was calibrated on whole images, and the maximum over tiles is "
+                "higher; pass threshold=, found from normal images with the same tile",
+                FastadWarning,
+                stacklevel=3,
+            )
+        value = applied.value if applied else threshold
+        return Request(applied, value, category, aim)
 
     def threshold_for(self, category: str | None, value: float | None = None) -> Threshold | None:
         """The calibrated threshold of a category (or pooled), moved to ``value`` if given.
@@ -268,12 +429,28 @@ class Predictor:
     def _check_open(self) -> None:
         if self._closed:
             raise InputError("predictor: it is closed; call fastad.load again")
+        if os.getpid() != self._process:
+            raise InputError(
+                "predictor: it was loaded before this process was forked, and its threads stayed "
+                "behind; call fastad.load in this process, or start processes by spawn"
+            )
 
-    def close(self) -> None:
-        """Free the runtime; further predictions are errors."""
-        if not self._closed:
-            self._closed = True
-            self.runtime.close()
+    def close(self, *, cancel: bool = False) -> None:
+        """Free the runtime; further predictions are errors.
+
+        Images that were submitted are finished first; with ``cancel`` those that are not begun are
+        cancelled, as they are when an exception leaves the ``with`` block.
+        """
+        if self._closed or os.getpid() != self._process:
+            return
+        with self._starting:
+            workers = self._workers
+            if workers is None:
+                self._closed = True
+        if workers:
+            workers.close(cancel=cancel)  # refuses more, and its work needs the runtime open
+        self._closed = True
+        self.runtime.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -284,7 +461,7 @@ class Predictor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(cancel=kind is not None)
 
     def __reduce__(self) -> NoReturn:
         raise InputError(

@@ -128,10 +128,10 @@ def test_openvino_runs_the_precision_it_is_told(graph: bytes, precision: Precisi
     if reason := why_unsupported("openvino", precision):
         pytest.skip(reason)
     runtime = openvino.OpenVINORuntime(graph, precision, threads=1)
-    assert runtime._model is not None
-    chosen = runtime._model.get_property("INFERENCE_PRECISION_HINT")
+    assert runtime._single is not None
+    chosen = runtime._single.model.get_property("INFERENCE_PRECISION_HINT")
     assert chosen.get_type_name() == ("bf16" if precision == "bf16" else "f32")
-    assert runtime._model.get_property("INFERENCE_NUM_THREADS") == 1
+    assert runtime._single.model.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 def test_bf16_needs_the_instructions(graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

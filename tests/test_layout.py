@@ -27,6 +27,12 @@ RUNTIME = BASE | {
     "fastad.prediction",
     "fastad.predictor",
     "fastad.preprocess",
+    "fastad.feed",
+    "fastad.forked",
+    "fastad.inspected",
+    "fastad.look",
+    "fastad.pending",
+    "fastad.tiling",
 }
 ANYTHING = {"fastad"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -38,6 +44,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastad.metrics": BASE,
     "fastad.preprocess": BASE,
     "fastad.postprocess": BASE,
+    "fastad.inspected": BASE | {"fastad.preprocess"},
+    "fastad.tiling": BASE | {"fastad.inspected", "fastad.preprocess"},
+    "fastad.forked": BASE | {"fastad.engine.base"},
+    "fastad.pending": {"fastad.errors"},
+    "fastad.feed": BASE | {"fastad.engine.base", "fastad.preprocess"},
+    "fastad.look": RUNTIME,
     "fastad.prediction": BASE | {"fastad.postprocess", "fastad.preprocess"},
     "fastad.engine": BASE | {"fastad.engine"},
     "fastad.engine.opening": BASE | {"fastad.engine"},
@@ -48,7 +60,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastad.doctor": BASE | {"fastad.engine"},
     "fastad.camera": RUNTIME | {"fastad.camera", "fastad.sinks"},
     "fastad.serve": RUNTIME | {"fastad.serve"},
-    "fastad.evaluation": RUNTIME | {"fastad.training.folder", "fastad.training.checkpoint"},
+    "fastad.rejudge": RUNTIME | {"fastad.training.folder"},
+    "fastad.evaluation": RUNTIME
+    | {"fastad.rejudge", "fastad.training.folder", "fastad.training.checkpoint"},
     "fastad.report": RUNTIME | {"fastad.evaluation", "fastad.training.folder"},
     "fastad.protocol_table": BASE | {"fastad.evaluation", "fastad.training.protocols"},
     "fastad.ops": {"fastad.ops", "fastad.errors"},

@@ -308,7 +308,7 @@ def _camera(number: int, value_range: ValueRange | None, stall_s: float) -> Vide
 
 def _require_av(name: str) -> None:
     try:
-        import av  # noqa: F401
+        import av  # noqa: F401  # only whether it can be
     except ModuleNotFoundError as error:
         if error.name != "av":
             raise
@@ -343,10 +343,12 @@ def _taken(source: Source, time_s: float | None = None, copy: bool = True) -> Ta
 def _without_password(address: str) -> str:
     """The address without user and password, for names and messages.
 
-    >>> _without_password("rtsp://line:secret@10.0.0.5/1")
+    Up to the last ``@``: passwords may hold a ``/`` or another ``@``.
+
+    >>> _without_password("rtsp://line:sec/ret@10.0.0.5/1")
     'rtsp://10.0.0.5/1'
     """
-    return re.sub(r"(?<=://)[^/]*@", "", address)
+    return re.sub(r"(?<=://).*@", "", address)
 
 
 def _reason(error: OSError | Exception) -> str:

@@ -1,7 +1,9 @@
 """`stream`: results for as long as a source gives frames, the newest frame of a camera first.
 
-Each source has a reader thread that decodes into a bounded `Mailbox`; the caller's thread runs the
-predictor. A slow caller costs a camera's older frames, which are counted, and makes files wait.
+Each source has a reader thread that decodes into a bounded `Mailbox`. While a batch is in the graph
+the next one is resized, and both go on while the caller uses the results before; only the newest
+frame of a camera is taken when it is asked for, in the caller's thread. A slow caller costs a
+camera's older frames, which are counted, and makes files wait.
 """
 
 from __future__ import annotations
@@ -12,16 +14,23 @@ import math
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastad.camera.events import Entry, Mailbox, Shot, StreamEvent, StreamResult
 from fastad.camera.source import AnySource, LostError, open_sources
 from fastad.errors import InputError
+from fastad.inspected import Area
+from fastad.pending import Workers
+from fastad.prediction import Prediction
 from fastad.preprocess import Color, ValueRange
 
 if TYPE_CHECKING:
+    from fastad.look import Frames
     from fastad.predictor import Predictor, Request
 
 log = logging.getLogger(__name__)
@@ -43,6 +52,10 @@ def stream(
     color: Color = "rgb",
     category: str | None = None,
     value_range: ValueRange | None = None,
+    tile: tuple[int, int] | int | None = None,
+    overlap: float = 0.25,
+    region: Area | None = None,
+    ignore: Area | None = None,
     batch: int | None = None,
     stall_s: float = 2.0,
     reconnect_s: float | None = 2.0,
@@ -52,15 +65,17 @@ def stream(
     """Look at frames as they come, with bounded memory; the `predictor` stays the caller's.
 
     A finite source (folder, pattern, image files, video file, any iterable) gives a result for
-    every frame, and waits while the caller is busy. A live source (camera, ``rtsp://``) gives its
-    newest frame each time; those in between are dropped and counted in ``dropped``. It never ends
-    by itself: a lost camera is tried again until the generator is closed.
+    every frame, and runs ahead of the caller by ``queue`` frames. A live source (camera,
+    ``rtsp://``) gives its newest frame each time; those in between are dropped and counted in
+    ``dropped``, and nothing runs ahead, since a result made early would be an old one. It never
+    ends by itself: a lost camera is tried again until the generator is closed.
 
     Arguments are checked at the call; sources are read from the first ``next`` on. Leaving the
     loop, ``close()``, Ctrl-C, an exception and the end of the program stop the readers. Closing
-    waits at most 1 s for them. One that waits inside FFmpeg then ends on its own, within twice
-    ``stall_s``, or while it connects within 5 s or ``stall_s`` if that is more; one that waits
-    inside an iterable ends with the iterable's next frame.
+    waits for batches that are in the graph, and at most 1 s for the readers. A reader that waits
+    inside FFmpeg then ends on its own, within twice ``stall_s``, or while it connects within 5 s or
+    ``stall_s`` if that is more; one that waits inside an iterable ends with the iterable's next
+    frame.
 
     Args:
         predictor: An open predictor.
@@ -69,11 +84,16 @@ def stream(
             (or a batch). A list or tuple of these is several sources; one that holds images only
             is one source. PyAV reads videos and cameras.
         every: Also a live source queues its frames, and drops the oldest of a full queue.
-        queue: Frames of each source that may wait, for finite sources and with ``every``.
+        queue: Frames of each source that may wait or run ahead of the caller, for finite sources
+            and with ``every``; at least one waits beside those that run.
         threshold: As in `predict`.
         color: As in `predict`, for the arrays of iterables.
         category: As in `predict`.
         value_range: As in `predict`, and for gray videos with more than 8 bits.
+        tile: As in `predict`.
+        overlap: As in `predict`.
+        region: As in `predict`; a frame that it does not fit ends the stream.
+        ignore: As in `predict`.
         batch: Frames that run together at most, of those that wait already; None takes the number
             of sources.
         stall_s: Seconds without a frame after which a live source counts as stalled.
@@ -100,15 +120,29 @@ def stream(
     if events and on_event:
         raise InputError("events: expected either events=True or on_event, got both")
     predictor._check_open()
-    request = predictor.request(threshold=threshold, category=category)
+    request = predictor.request(
+        threshold=threshold,
+        category=category,
+        tile=tile,
+        overlap=overlap,
+        region=region,
+        ignore=ignore,
+    )
     declared = value_range or predictor.manifest.spec.input.value_range
     sources = open_sources(source, color, declared, stall_s)
-    waiting = queue if every else 1
+    size = batch or len(sources)
+    newest = any(each.live for each in sources) and not every
+    ahead = 0 if newest else predictor.runs_at_once
+    # Of each source, when all are equally fast; what runs ahead left the queue.
+    waiting = max(1, queue - ahead * math.ceil(size / len(sources)))
     bell = threading.Condition()
-    readers = [Reader(each, waiting if each.live else queue, bell, reconnect_s) for each in sources]
-    batches = _Batches(readers, bell, batch or len(readers), stall_s)
+    readers = [
+        Reader(each, 1 if each.live and not every else waiting, bell, reconnect_s)
+        for each in sources
+    ]
+    batches = _Batches(readers, bell, size, stall_s)
     tell = None if events else on_event or _Log()
-    return _results(predictor, batches, request, tell)
+    return _results(predictor, batches, request, tell, ahead)
 
 
 class Reader:
@@ -203,13 +237,16 @@ class _Batches:
             reader.join(deadline - time.monotonic())
         _running.discard(self)
 
-    def next(self) -> list[Entry]:
-        """What came since, at most ``size`` frames; waits for something; empty after the end."""
+    def next(self, *, wait: bool = True) -> list[Entry]:
+        """What came since, at most ``size`` frames; waits for something; empty after the end.
+
+        Without ``wait`` also empty if nothing came.
+        """
         with self._bell:
             while True:
                 ended = all(reader.mailbox.ended for reader in self._readers)
                 found = self._take()
-                if found or ended:
+                if found or ended or not wait:
                     return found
                 self._bell.wait(self._until_stall())
 
@@ -257,15 +294,13 @@ def _results(
     batches: _Batches,
     request: Request,
     tell: OnEvent | None,
+    ahead: int,
 ) -> Generator[StreamResult | StreamEvent]:
+    line = _Line(predictor, batches, request, ahead)
     try:
         batches.start()
-        while entries := batches.next():
-            shots = [entry for entry in entries if isinstance(entry, Shot)]
-            pairs = [(shot.taken.source, shot.taken.frame) for shot in shots]
-            began = time.perf_counter()
-            found = iter(predictor.run(pairs, request, began) if pairs else ())
-            del shots, pairs  # the frames of a batch are not held while its results are used
+        while entries := line.next():
+            found = iter(line.predictions())
             entries.reverse()
             while entries:
                 entry = entries.pop()
@@ -291,6 +326,62 @@ def _results(
                 del prediction, entry
     finally:
         batches.stop()
+        line.stop()
+
+
+class _Line:
+    """Batches on their way through the predictor, in order; owns the threads they run on.
+
+    ``ahead`` batches go on while the caller uses the results before them, and one more while it
+    waits: one is resized while the others are in the graph. 0 runs each batch as it is taken.
+    """
+
+    def __init__(
+        self, predictor: Predictor, batches: _Batches, request: Request, ahead: int
+    ) -> None:
+        self._predictor, self._batches, self._request = predictor, batches, request
+        self._ahead = ahead
+        self._workers = Workers("fastad stream", ahead + 1, ahead + 1) if ahead else None
+        self._running: deque[tuple[list[Entry], Future[list[Prediction]] | None]] = deque()
+        self._first: Future[list[Prediction]] | None = None
+
+    def next(self) -> list[Entry]:
+        """Entries of the next batch; empty after the end."""
+        while len(self._running) <= self._ahead:
+            entries = self._batches.next(wait=not self._running)
+            if not entries:
+                break
+            self._running.append((entries, self._begin(entries)))
+        if not self._running:
+            return []
+        entries, self._first = self._running.popleft()
+        return entries
+
+    def predictions(self) -> list[Prediction]:
+        """Of the frames that `next` gave; what the predictor raises comes out here."""
+        first, self._first = self._first, None
+        found = first.result() if first else []
+        self._predictor._check_open()
+        return found
+
+    def _begin(self, entries: list[Entry]) -> Future[list[Prediction]] | None:
+        shots = [entry for entry in entries if isinstance(entry, Shot)]
+        pairs = [(shot.taken.source, shot.taken.frame) for shot in shots]
+        if not pairs:
+            return None
+        if self._workers:
+            return self._workers.submit(partial(self._run, pairs))
+        done: Future[list[Prediction]] = Future()
+        done.set_result(self._run(pairs))
+        return done
+
+    def _run(self, pairs: Frames) -> list[Prediction]:
+        return self._predictor.run(pairs, self._request, time.perf_counter())
+
+    def stop(self) -> None:
+        """Finish what is in the graph, drop the rest, end the threads."""
+        if self._workers:
+            self._workers.close(cancel=True)
 
 
 class _Log:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastad.errors import InputError
+
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Mode = Literal["latency", "throughput"]
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]  # map [B, H, W], raw score [B]
 
 
@@ -21,11 +24,27 @@ class Runtime(Protocol):
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Anomaly map float32 [B, H, W] and raw score float32 [B] of uint8 RGB [B, H, W, 3].
 
-        The arrays returned belong to the caller.
+        The arrays returned belong to the caller, and ``images`` again when it returns.
         """
 
     def close(self) -> None:
         """Free what the runtime holds; further calls are errors."""
+
+
+def concurrency(runtime: Runtime) -> int:
+    """How many runs at once keep a runtime busy: its ``concurrency``, or 1 if it names none."""
+    return int(getattr(runtime, "concurrency", 1))
+
+
+def check_mode(mode: str) -> Mode:
+    """The name, if it is one.
+
+    Raises:
+        InputError: it is neither ``latency`` nor ``throughput``.
+    """
+    if mode not in get_args(Mode):
+        raise InputError(f"mode: expected {' or '.join(get_args(Mode))}, got {mode!r}")
+    return cast(Mode, mode)
 
 
 def core_count() -> int:

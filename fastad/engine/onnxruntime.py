@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastad.engine.base import Outputs, Precision, core_count
+from fastad.engine.base import Mode, Outputs, Precision, core_count
+from fastad.engine.streams import Streams
 from fastad.errors import EngineError, UnsupportedError
 
 
@@ -28,6 +29,8 @@ class ONNXRuntime:
         graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``.
         precision: ``fp32``; int8 and float16 are written into the graph.
         threads: Cores to use; None takes all that the process may use.
+        mode: ``latency``: all cores share each run. ``throughput``: one core for each image, as
+            many images at once as there are cores.
 
     Raises:
         UnsupportedError: the package or the precision is not available.
@@ -36,15 +39,24 @@ class ONNXRuntime:
 
     name = "onnxruntime"
 
-    def __init__(self, graph: bytes, precision: Precision, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        precision: Precision,
+        threads: int | None = None,
+        *,
+        mode: Mode = "latency",
+    ) -> None:
         reason = why_unsupported(precision)
         if reason:
             raise UnsupportedError(reason)
         import onnxruntime as ort
 
         self.precision: Precision = precision
+        cores = threads or core_count()
+        self.concurrency = cores if mode == "throughput" else 1
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or core_count()
+        options.intra_op_num_threads = cores // self.concurrency  # 1 is the caller's own thread
         options.inter_op_num_threads = 1
         # Spinning workers starve whatever else runs on a line PC.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -55,9 +67,13 @@ class ONNXRuntime:
             )
         except Exception as error:  # its exception classes live in a private module
             raise EngineError(f"onnxruntime: refuses the graph: {error}") from error
+        self._streams = Streams(self._infer, cores) if self.concurrency > 1 else None
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
+        return self._streams.run(images) if self._streams else self._infer(images)
+
+    def _infer(self, images: NDArray[np.uint8]) -> Outputs:
         session = self._session
         if session is None:
             raise EngineError("onnxruntime: the runtime is closed; load the engine again")
@@ -72,3 +88,5 @@ class ONNXRuntime:
     def close(self) -> None:
         """Drop the session."""
         self._session = None
+        if self._streams:
+            self._streams.close()

@@ -10,7 +10,7 @@ import logging
 from typing import Literal, cast, get_args
 
 from fastad.engine import cuda, onnxruntime_cuda, tensorrt
-from fastad.engine.base import Precision, Runtime
+from fastad.engine.base import Precision, Runtime, check_mode
 from fastad.engine.container import WEIGHTS, EngineFile
 from fastad.engine.select import PRECISIONS, RUNTIMES, choose, open_runtime
 from fastad.errors import EngineError, InputError, UnsupportedError
@@ -57,6 +57,7 @@ def open_engine(
     precision: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    mode: str = "latency",
 ) -> Runtime:
     """Load what an engine holds into the runtime that serves the request best.
 
@@ -69,6 +70,8 @@ def open_engine(
         precision: ``auto`` or a name of `PRECISIONS`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU cores to use; None takes all.
+        mode: ``latency`` or ``throughput``: how a CPU's cores share the work. A GPU runs in one
+            way, and larger batches are its throughput.
 
     Raises:
         InputError: a name that does not exist.
@@ -79,6 +82,7 @@ def open_engine(
         raise InputError(f"runtime: expected auto, {', '.join(NAMES)}, got {runtime!r}")
     if precision != "auto" and precision not in PRECISIONS:
         raise InputError(f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}")
+    check_mode(mode)
     on_gpu = "cuda" if device == "auto" else device
     if device != "auto":
         cuda.device_index(device)
@@ -106,7 +110,7 @@ def open_engine(
         raise UnsupportedError(f"openvino: runs on CPUs here, got device {device!r}; use auto")
     chosen = choose(engine.manifest.variants, runtime, precision, "cpu")
     graph = engine.member(chosen.member)
-    return open_runtime(graph, chosen.runtime, chosen.precision, "cpu", threads)
+    return open_runtime(graph, chosen.runtime, chosen.precision, "cpu", threads, mode=mode)
 
 
 def _open(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
+import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from fastad.engine import openvino_cache
-from fastad.engine.base import Outputs, Precision, core_count
+from fastad.engine.base import Mode, Outputs, Precision, core_count
 from fastad.engine.openvino_ops import read_model
+from fastad.engine.streams import Streams
 from fastad.errors import EngineError, UnsupportedError
 
 # int8 and fp16 are written into the graph; what they leave over runs in float32.
@@ -32,17 +35,46 @@ def why_unsupported(precision: Precision) -> str | None:
     return None
 
 
-class OpenVINORuntime:
-    """A compiled model with one inference request per concurrent caller.
+class _Compiled:
+    """A compiled model and one inference request per concurrent caller."""
 
-    Owns the requests and their buffers; `close` drops them. The precision is always stated:
-    OpenVINO would choose bfloat16 by itself where the CPU has it.
+    def __init__(self, model: ov.CompiledModel) -> None:
+        self.model = model
+        self._requests: queue.LifoQueue[ov.InferRequest] = queue.LifoQueue()
+
+    def infer(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run one batch of a size that the model takes."""
+        try:
+            request = self._requests.get_nowait()
+        except queue.Empty:
+            request = self.model.create_infer_request()
+        try:
+            # Unless shared, OpenVINO's wrapper copies the outputs once more.
+            request.infer([np.ascontiguousarray(images)], share_inputs=True, share_outputs=True)
+            anomaly_map = request.get_tensor("anomaly_map").data.copy()
+            raw_score = request.get_tensor("raw_score").data.copy()
+        except RuntimeError as error:
+            raise EngineError(f"openvino: run failed: {_last_line(error)}") from error
+        finally:
+            self._requests.put(request)
+        return anomaly_map, raw_score
+
+
+class OpenVINORuntime:
+    """Two compiled models: one for single images, and one for any batch from the first batch on.
+
+    Where the batch is known, OpenVINO plans memory and folds shapes ahead: a single image takes
+    0.75 to 0.85 of the time it takes in the model for any batch (quick recipes, 2026.4). Owns the
+    models, their requests and, until both are compiled, the graph; `close` drops all. The precision
+    is always stated: OpenVINO would choose bfloat16 by itself where the CPU has it.
 
     Args:
         graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``; nodes of
             fastad are translated (`openvino_ops`), functions in the file are not needed.
         precision: ``fp32`` or ``bf16``; ``int8`` and ``fp16`` for graphs that hold them.
         threads: Cores to use; None takes all that the process may use.
+        mode: ``latency``: all cores share each run, and runs follow each other. ``throughput``: one
+            core for each image, as many images at once as there are cores.
         weights: The ``.bin`` of an IR; ``graph`` is then its XML.
         cache: Keep the compiled model on disk and start from it next time (`openvino_cache`).
 
@@ -59,6 +91,7 @@ class OpenVINORuntime:
         precision: Precision,
         threads: int | None = None,
         *,
+        mode: Mode = "latency",
         weights: bytes = b"",
         cache: bool = True,
     ) -> None:
@@ -66,59 +99,78 @@ class OpenVINORuntime:
         if reason:
             raise UnsupportedError(f"{reason}; use precision='fp32'")
         self.precision: Precision = precision
+        cores = threads or core_count()
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or core_count(),
+            "PERFORMANCE_HINT": mode.upper(),
+            "INFERENCE_NUM_THREADS": cores,
         }
+        if mode == "throughput":
+            config["NUM_STREAMS"] = cores
+        compile_for = partial(_compiled, graph, weights, config, cache)
+        self._single: _Compiled | None = compile_for(1)
+        self._batches: _Compiled | None = None
+        self._compiling = threading.Lock()
+        model = self._single.model
+        self.concurrency: int = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        many = mode == "throughput" and self.concurrency > 1
+        self._streams = Streams(self._infer, self.concurrency) if many else None
+        # Streams run one image each.
+        self._compile_for: Callable[[int | None], _Compiled] | None = None if many else compile_for
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run one batch; see `fastad.engine.base.Runtime`."""
+        return self._streams.run(images) if self._streams else self._infer(images)
+
+    def _infer(self, images: NDArray[np.uint8]) -> Outputs:
+        compiled = self._single if len(images) == 1 else self._for_batches()
+        if compiled is None:
+            raise EngineError("openvino: the runtime is closed; load the engine again")
+        return compiled.infer(images)
+
+    def _for_batches(self) -> _Compiled | None:
+        """The model for any batch, compiled at its first use; None once closed."""
+        with self._compiling:
+            if self._compile_for is not None:
+                self._batches = self._compile_for(None)
+                self._compile_for = None
+            return self._batches
+
+    def close(self) -> None:
+        """Drop all requests, the compiled models and the graph."""
+        with self._compiling:
+            self._single = self._batches = self._compile_for = None
+        if self._streams:
+            self._streams.close()
+
+
+def _compiled(
+    graph: bytes, weights: bytes, config: dict[str, Any], cache: bool, batch: int | None
+) -> _Compiled:
+    """The graph compiled for one batch size, or for all.
+
+    Raises:
+        EngineError: OpenVINO refuses the graph.
+    """
+    core = ov.Core()
+    about = config | {"batch": batch}
+    path = openvino_cache.blob_path(core, graph + weights, about) if cache else None
+    compiled = openvino_cache.load(core, path, config) if path else None
+    if compiled is None:
         try:
-            model = _compiled(graph, weights, config, cache)
+            model = read_model(core, graph, weights)
+            if batch is not None:
+                _, *size = model.input(0).partial_shape
+                model.reshape(ov.PartialShape([batch, *size]))
+            compiled = core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             # Ctrl-C within one of our translations comes back as OpenVINO's own error.
             if "KeyboardInterrupt" in str(error):
                 raise KeyboardInterrupt from None
             raise EngineError(f"openvino: refuses the graph: {_last_line(error)}") from error
-        self._model: ov.CompiledModel | None = model
-        self._requests: queue.LifoQueue[ov.InferRequest] = queue.LifoQueue()
-
-    def run(self, images: NDArray[np.uint8]) -> Outputs:
-        """Run one batch; see `fastad.engine.base.Runtime`."""
-        model = self._model
-        if model is None:
-            raise EngineError("openvino: the runtime is closed; load the engine again")
-        try:
-            request = self._requests.get_nowait()
-        except queue.Empty:
-            request = model.create_infer_request()
-        try:
-            request.infer([np.ascontiguousarray(images)], share_inputs=True)
-            anomaly_map = request.get_tensor("anomaly_map").data.copy()
-            raw_score = request.get_tensor("raw_score").data.copy()
-        except RuntimeError as error:
-            raise EngineError(f"openvino: run failed: {_last_line(error)}") from error
-        finally:
-            self._requests.put(request)
-        return anomaly_map, raw_score
-
-    def close(self) -> None:
-        """Drop all requests and the compiled model."""
-        self._model = None
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._requests.get_nowait()
-
-
-def _compiled(
-    graph: bytes, weights: bytes, config: dict[str, Any], cache: bool
-) -> ov.CompiledModel:
-    core = ov.Core()
-    path = openvino_cache.blob_path(core, graph + weights, config) if cache else None
-    model = openvino_cache.load(core, path, config) if path else None
-    if model is None:
-        model = core.compile_model(read_model(core, graph, weights), "CPU", config)
         if path:
-            openvino_cache.store(path, model)
-    return model
+            openvino_cache.store(path, compiled)
+    return _Compiled(compiled)
 
 
 def _last_line(error: Exception) -> str:

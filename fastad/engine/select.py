@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from fastad.engine import onnxruntime, openvino
-from fastad.engine.base import Precision, Runtime
+from fastad.engine.base import Precision, Runtime, check_mode
 from fastad.errors import EngineError, InputError, UnsupportedError
 from fastad.spec import GateReport, Variant
 
@@ -149,6 +149,7 @@ def open_runtime(
     device: str,
     threads: int | None = None,
     *,
+    mode: str = "latency",
     cache: bool = True,
 ) -> Runtime:
     """Load a graph into a runtime.
@@ -160,6 +161,7 @@ def open_runtime(
             gate. For ``int8`` and ``fp16`` the graph itself has to be in that precision.
         device: ``auto`` or ``cpu``.
         threads: Cores to use; None takes all.
+        mode: ``latency`` or ``throughput``.
         cache: Let a runtime keep what it compiled on disk; False for a graph that runs once.
 
     Raises:
@@ -169,6 +171,7 @@ def open_runtime(
     _check_names(runtime, precision, device)
     if threads is not None and threads < 1:
         raise InputError(f"threads: expected at least 1, got {threads}")
+    set_for = check_mode(mode)
     chosen = cast(Precision, "fp32" if precision == "auto" else precision)
     names = RUNTIMES if runtime == "auto" else (cast(RuntimeName, runtime),)
     reasons = []
@@ -176,7 +179,7 @@ def open_runtime(
         reason = why_unsupported(name, chosen)
         if reason is None:
             if name == "openvino":
-                return openvino.OpenVINORuntime(graph, chosen, threads, cache=cache)
-            return onnxruntime.ONNXRuntime(graph, chosen, threads)
+                return openvino.OpenVINORuntime(graph, chosen, threads, mode=set_for, cache=cache)
+            return onnxruntime.ONNXRuntime(graph, chosen, threads, mode=set_for)
         reasons.append(reason)
     raise UnsupportedError("; ".join(reasons))

@@ -233,6 +233,9 @@ def test_images_need_no_pyav(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_names_keep_passwords_to_themselves() -> None:
     assert only("rtsp://line:secret@10.0.0.5:554/1").name == "rtsp://10.0.0.5:554/1"
+    assert only("rtsp://line:se/cr@t@10.0.0.5:554/1").name == "rtsp://10.0.0.5:554/1"
+    with pytest.raises(UnsupportedError, match=r"^http://10\.0\.0\.5/1: expected an rtsp"):
+        open_sources("http://line:sec/ret@10.0.0.5/1")
 
 
 def mailbox(capacity: int, live: bool) -> tuple[Mailbox, threading.Condition]:

@@ -1,0 +1,158 @@
+"""Tables of the README, made from the committed results.
+
+    python -m bench.readme
+
+What stands between ``<!-- bench:SUITE -->`` and ``<!-- end -->`` is replaced by one table for each
+result file of that suite and this version, with the machine it comes from. A test holds the README
+to the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import timing
+
+README = timing.ROOT / "README.md"
+# Suites whose results, once committed, have to be in the README.
+REQUIRED = ("models", "end_to_end", "cold", "soak")
+SECTION = re.compile(r"(<!-- bench:([a-z0-9._-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- (?:bench:\S*|end) -->")
+Row = Mapping[str, Any]
+
+
+def main() -> int:
+    text = README.read_text(encoding="utf-8")
+    made = rendered(text)
+    README.write_text(made, encoding="utf-8")
+    print(f"{README.name}: {'unchanged' if made == text else 'written'}; {', '.join(suites(text))}")
+    return 0
+
+
+def suites(text: str) -> list[str]:
+    """Suites that have a place in the text."""
+    return [suite for _, suite, _, _ in SECTION.findall(text)]
+
+
+def rendered(text: str, results: Path = timing.RESULTS) -> str:
+    """The text with every table made anew.
+
+    Raises:
+        ValueError: a marker without its partner, or a suite without a result of this version.
+    """
+    if len(MARKER.findall(text)) != 2 * len(suites(text)):
+        raise ValueError("expected each <!-- bench:SUITE --> to be followed by its <!-- end -->")
+    return SECTION.sub(lambda found: found[1] + section(found[2], results) + found[4], text)
+
+
+def section(suite: str, results: Path = timing.RESULTS) -> str:
+    """Markdown of all results of a suite, a paragraph on the machine before each table.
+
+    Raises:
+        ValueError: there is no result of this version.
+    """
+    folder = timing.version_folder(results)
+    paths = sorted(folder.glob(f"{suite}--*.json"))
+    if not paths:
+        raise ValueError(f"no {suite}--*.json in {folder}; run the bench that writes it")
+    parts = []
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        timing.check_document(document)
+        made = TABLES.get(suite.partition("-")[0], plain)(document)
+        parts += [place(document), *made]
+    return "\n".join(f"{part}\n" for part in parts)
+
+
+def place(document: Mapping[str, Any]) -> str:
+    """One sentence: machine, packages, commit, and whether anything else was running."""
+    about = document["machine"]
+    idle = {True: "idle", False: "not idle", None: "load unknown"}[about["idle_before"]]
+    shown = ("openvino", "onnxruntime", "torch")
+    versions = [f"{name} {about['packages'][name]}" for name in shown if name in about["packages"]]
+    whole, changes, _ = (about["commit"] or "none").partition("+changes")
+    commit = f"commit {whole[:7]}{' with changes' if changes else ''}"
+    cpu = re.sub(r"\((R|TM)\)", "", about["cpu"])
+    device = "" if document["device"] == "cpu" else f" with {document['device']}"
+    facts = (f"{about['cores']} cores, {idle}", f"Python {about['python']}", *versions, commit)
+    return f"*{cpu}{device}: {', '.join(facts)}.*"
+
+
+def table(rows: list[Row], columns: Mapping[str, str | Callable[[Row], object]]) -> str:
+    """A Markdown table: column titles and the field, or function of a row, that fills them."""
+    lines = [
+        [cell(of(row) if callable(of) else row.get(of)) for of in columns.values()] for row in rows
+    ]
+    head = [list(columns), ["---"] * len(columns)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in head + lines)
+
+
+def cell(value: object) -> str:
+    """Three digits; nothing that would end a cell."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def plain(document: Mapping[str, Any]) -> list[str]:
+    """Every field of the first row whose value is one number or text."""
+    rows = document["rows"]
+    names = [name for name, value in rows[0].items() if not isinstance(value, dict | list)]
+    return [table(rows, {name: name for name in names})]
+
+
+def models(document: Mapping[str, Any]) -> list[str]:
+    """A line for each method and runtime, its batches side by side."""
+    by: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in document["rows"]:
+        by.setdefault((row["engine"], row["runtime"]), {})[row["batch"]] = row
+    batches = sorted({row["batch"] for row in document["rows"]})
+    least = batches[0]
+
+    def of(batch: int, field: str) -> Callable[[Row], object]:
+        return lambda row: by[row["engine"], row["runtime"]].get(batch, {}).get(field)
+
+    columns: dict[str, str | Callable[[Row], object]] = {
+        "method": "method",
+        "runtime": "runtime",
+        f"ms p50 / p99, batch {least}": lambda r: f"{cell(r['p50_ms'])} / {cell(r['p99_ms'])}",
+        "x eager": "ratio",
+        "x GEMM limit": "times_limit",
+        **{f"images/s, batch {batch}": of(batch, "images_per_s") for batch in batches[1:]},
+        f"MB, batch {batches[-1]}": of(batches[-1], "peak_mb"),
+        "first result s, again": lambda r: f"{cell(r['first_s'])}, {cell(r['again_s'])}",
+        "map error mean": "map_mean",
+        "gate": "gate",
+    }
+    firsts = [row for row in document["rows"] if row["batch"] == least]
+    refused = [
+        f"Refused at export and not in the file: {model['method']}: {sentence}."
+        for model in document["models"]
+        for sentence in model["refused and left out"]
+    ]
+    return [table(firsts, columns), *refused]
+
+
+def end_to_end(document: Mapping[str, Any]) -> list[str]:
+    """The stages of one frame, then the streams."""
+    name, (height, width) = document["method"], document["size"]
+    what = f"{name}, {height} x {width} px, {document['runtime']}, one frame of 1920 x 1080, in ms:"
+    streams = document["streams"]
+    return [what, *plain(document), table(streams, {field: field for field in streams[0]})]
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {  # by what comes before a hyphen
+    "models": models,
+    "end_to_end": end_to_end,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

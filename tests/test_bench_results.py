@@ -1,0 +1,121 @@
+"""Committed results keep one form, and the README's tables are made from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import readme, timing
+
+RESULTS = sorted(timing.RESULTS.glob("*/*.json"))
+README = readme.README.read_text(encoding="utf-8")
+
+
+def document(**fields: Any) -> dict[str, Any]:
+    return {
+        "suite": "cold",
+        "device": "cpu",
+        "machine": timing.machine(),
+        "rows": [{"package": "fastad", "MB": 304.25, "first s": None}],
+        **fields,
+    }
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_result_has_the_common_form(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    timing.check_document(found)
+    assert path.name == timing.file_name(found)
+
+
+def test_there_are_committed_results() -> None:
+    assert len(RESULTS) >= 10
+
+
+@pytest.mark.parametrize("field", ["suite", "device", "machine", "rows"])
+def test_result_without_a_field_is_refused(field: str) -> None:
+    lacking = {name: value for name, value in document().items() if name != field}
+    with pytest.raises(ValueError, match=field):
+        timing.check_document(lacking)
+
+
+@pytest.mark.parametrize("field", timing.MACHINE)
+def test_machine_without_a_field_is_refused(field: str) -> None:
+    lacking = copy.deepcopy(document())
+    del lacking["machine"][field]
+    with pytest.raises(ValueError, match=rf"machine\.{field}"):
+        timing.check_document(lacking)
+
+
+@pytest.mark.parametrize("rows", [[], [{}], ["text"]])
+def test_result_without_filled_rows_is_refused(rows: list[Any]) -> None:
+    with pytest.raises(ValueError, match="rows: expected"):
+        timing.check_document(document(rows=rows))
+
+
+def test_nothing_is_written_for_a_refused_result(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rows: expected"):
+        timing.write_result("cold", {"rows": []}, results=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_result_is_found_by_its_name(tmp_path: Path) -> None:
+    path = timing.write_result("cold", {"rows": [{"a": 1}]}, results=tmp_path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert path == timing.version_folder(tmp_path) / timing.file_name(found)
+    assert found["rows"] == [{"a": 1}]
+
+
+def test_readme_is_in_step_with_the_results() -> None:
+    assert readme.rendered(README) == README, "run python -m bench.readme"
+
+
+@pytest.mark.parametrize("suite", readme.REQUIRED)
+def test_readme_shows_each_committed_suite(suite: str) -> None:
+    committed = any(timing.version_folder().glob(f"{suite}--*.json"))
+    shown = {name.partition("-")[0] for name in readme.suites(README)}
+    assert not committed or suite in shown
+
+
+def test_table_replaces_what_stood_between_the_markers(tmp_path: Path) -> None:
+    timing.write_result("cold", document(), about=timing.machine(), results=tmp_path)
+    text = "before\n<!-- bench:cold -->\nstale row\n<!-- end -->\nafter\n"
+    made = readme.rendered(text, tmp_path)
+    assert "| fastad | 304 | - |" in made
+    assert "stale row" not in made
+    assert made.startswith("before\n<!-- bench:cold -->\n")
+    assert made.endswith("<!-- end -->\nafter\n")
+    assert readme.rendered(made, tmp_path) == made
+
+
+def test_changed_result_puts_the_readme_out_of_step(tmp_path: Path) -> None:
+    text = "<!-- bench:cold -->\n<!-- end -->\n"
+    timing.write_result("cold", document(), results=tmp_path)
+    made = readme.rendered(text, tmp_path)
+    timing.write_result("cold", document(rows=[{"package": "fastad", "MB": 9.0}]), results=tmp_path)
+    assert readme.rendered(made, tmp_path) != made
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- bench:cold -->\n", "<!-- end -->\n", "<!-- bench: cold -->\n<!-- end -->\n"]
+)
+def test_marker_alone_is_refused(text: str, tmp_path: Path) -> None:
+    timing.write_result("cold", document(), results=tmp_path)
+    with pytest.raises(ValueError, match="followed by its"):
+        readme.rendered(text, tmp_path)
+
+
+def test_suite_without_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no soak--\*\.json"):
+        readme.rendered("<!-- bench:soak -->\n<!-- end -->\n", tmp_path)
+
+
+def test_cells_do_not_break_the_table() -> None:
+    made = readme.table([{"a": "x|y\nz", "b": 0.000123456, "c": 12345.6}], dict.fromkeys("abc", ""))
+    assert made.splitlines()[0] == "| a | b | c |"
+    made = readme.table([{"a": "x|y\nz", "b": 0.000123456, "c": 12345.6}], {k: k for k in "abc"})
+    assert made.splitlines()[2] == "| x\\|y z | 0.000123 | 12346 |"
