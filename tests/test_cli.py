@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import interrupts
 import numpy as np
 import pytest
 import yaml
@@ -488,8 +489,9 @@ def test_ctrl_c_leaves_no_file(texture_engine: Path, holes: Path, tmp_path: Path
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=interrupts.listen,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not maps.is_dir():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

@@ -216,3 +216,15 @@ def test_core_count_is_what_the_process_may_use() -> None:
     )
     assert int(done.stdout) == 1
     assert core_count() >= 1
+
+
+def test_ctrl_c_while_a_node_is_translated_is_an_interrupt(
+    graph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastad.engine.openvino_ops._hat", interrupt)
+    monkeypatch.setattr("fastad.engine.openvino_ops._neighbours", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        openvino.OpenVINORuntime(graph, "fp32", cache=False)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import interrupts
 import numpy as np
 import pytest
 from loopback import H, W, number_of, picture, write_video
@@ -261,9 +262,9 @@ def test_closing_does_not_wait_for_an_iterable_that_hangs(predictor: Predictor) 
     next(results)
     began = time.monotonic()
     results.close()
-    assert time.monotonic() - began < CLOSE_S + 1
+    assert time.monotonic() - began < CLOSE_S + 20  # a hang, on a busy machine too
     free.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while readers() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert readers() == []
@@ -293,7 +294,9 @@ for i, _ in enumerate(results):
 def program(engine: Path, how: str, clip: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, str(engine), how, str(clip)]
     pipes = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipes, stderr=pipes, text=True)
+    return subprocess.Popen(
+        command, stdout=pipes, stderr=pipes, text=True, preexec_fn=interrupts.listen
+    )
 
 
 def test_a_program_ends_although_a_module_holds_a_stream(texture_engine: Path, clip: Path) -> None:
