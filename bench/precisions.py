@@ -1,6 +1,7 @@
 """What each precision costs and gives on each runtime: a trained run exported through the gate.
 
     python -m bench.precisions RUN --test-data DATA [--mask-folder NAME] [--precision auto]
+        [--keep ENGINE]
 
 The rows are the export's own reports: changes of accuracy against float32 of the same runtime on
 labelled and held-out normal images, medians of interleaved runs at batch 1 and 8 (uint8 batch at
@@ -34,11 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--test-data", type=Path, required=True)
     parser.add_argument("--mask-folder", default="ground_truth")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--keep", type=Path, help="where the engine goes; else it is dropped")
     options = parser.parse_args(arguments)
     about = timing.machine()
     data, masks = options.test_data, options.mask_folder
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.engine"
+        path = options.keep or Path(folder) / "a.engine"
         began = time.perf_counter()
         export_engine(
             options.run, path, precision=options.precision, test_data=data, mask_folder=masks
