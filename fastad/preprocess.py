@@ -455,22 +455,23 @@ def _check_array(
     array: NDArray[Any], name: str, color: Color, value_range: ValueRange | None
 ) -> None:
     """Refuse dtypes, shapes and declarations that leave something to guess."""
-    got = _describe(array)
     kind, itemsize = array.dtype.kind, array.dtype.itemsize
     if not ((kind == "u" and itemsize <= 2) or (kind == "f" and itemsize <= 8)):
         raise InputError(
-            f"{name}: expected uint8 (0..255), uint16 with value_range, or float (0..1), got {got}"
+            f"{name}: expected uint8 (0..255), uint16 with value_range, or float (0..1), got "
+            f"{_describe(array)}"
         )
     if array.ndim not in (2, 3, 4) or (array.ndim > 2 and array.shape[-1] not in (1, 3, 4)):
         raise InputError(
             f"{name}: expected [H, W], [H, W, C] or [N, H, W, C] with 1, 3 or 4 channels (tensors: "
-            f"[C, H, W] or [B, C, H, W]), got {got} read as channels last; transpose it"
+            f"[C, H, W] or [B, C, H, W]), got {_describe(array)} read as channels last; transpose "
+            "it"
         )
     if array.size == 0:
-        raise InputError(f"{name}: the image is empty: {got}")
+        raise InputError(f"{name}: the image is empty: {_describe(array)}")
     if color == "gray" and array.ndim > 2 and array.shape[-1] != 1:
         raise InputError(
-            f'{name}: color="gray" expects one channel, got {got}; pass "rgb" or "bgr"'
+            f'{name}: color="gray" expects one channel, got {_describe(array)}; pass "rgb" or "bgr"'
         )
     if kind == "u" and itemsize == 2 and value_range is None:
         raise _undeclared(array, name)
