@@ -128,6 +128,17 @@ class _Images:
         return None if images is None else {"image": images}
 
 
+def _peaks(session: Any, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    """(0, largest magnitude) of each output over ``images`` [N, 1, H, W, 3]."""
+    names = [output.name for output in session.get_outputs()]
+    peaks = np.zeros((len(names), 2), np.float32)
+    for image in images:
+        found = session.run(None, {"image": image})
+        highest = [np.abs(value).max(initial=0.0) for value in found]
+        peaks[:, 1] = np.maximum(peaks[:, 1], highest)
+    return dict(zip(names, peaks, strict=True))
+
+
 class Quantizer:
     """A graph and the value ranges its tensors take on calibration images.
 
@@ -161,7 +172,14 @@ class Quantizer:
                     calibrate_method=CalibrationMethod.Percentile,
                     extra_options={"symmetric": True, "percentile": PERCENTILE},
                 )
-                for image in images[:, None]:  # it holds all values of what it reads at once
+                singly = images[:, None]  # it holds all values of what it reads at once
+                peaks = _peaks(calibrator.infer_session, singly)
+                calibrator.collect_data(reader(singly[0]))  # makes its collector
+                # Bins keep their first width: an image on which a tensor is next to nothing would
+                # make those of the following ones a million times as many. So all begin full size.
+                calibrator.collector.histogram_dict.clear()
+                calibrator.collector.collect(peaks)
+                for image in singly:
                     calibrator.collect_data(reader(image))
                 self._ranges = calibrator.compute_data()
             del calibrator  # it holds the file open

@@ -438,7 +438,10 @@ def _as_array(item: object, name: str) -> NDArray[Any] | None:
             device = tensor.__dlpack_device__()
             if device[0] not in _HOST_DEVICES:
                 where = getattr(tensor, "device", f"DLPack device {device}")
-                raise UnsupportedError(f"{name}: a tensor on {where}; copy it with .cpu() first")
+                raise UnsupportedError(
+                    f"{name}: a tensor on {where}; copy it with .cpu(), or keep it on the GPU with "
+                    "predictor.runtime.run_device"
+                )
         if channels_first:
             tensor = tensor.detach()
         array = np.asarray(tensor) if hasattr(tensor, "__array__") else np.from_dlpack(tensor)

@@ -13,6 +13,7 @@ from fastad.export import to_onnx
 from fastad.export.quantize import OP_TYPES, Quantizer
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization.calibrate import PercentileCalibrater
 from test_methods import TINY
 
 from fastad.engine.select import open_runtime, why_unsupported
@@ -222,8 +223,7 @@ def test_equal_inputs_give_equal_bytes(made: Made) -> None:
     assert Quantizer(made.graph, made.images).int8() == made.s8
 
 
-def test_a_lone_outlier_does_not_widen_the_range_of_all_other_values() -> None:
-    size = 400
+def two_layers(size: int) -> bytes:
     weights = [np.ones((2, 3, 1, 1), np.float32), np.ones((1, 2, 1, 1), np.float32)]
     constants = [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
     nodes = [
@@ -240,9 +240,29 @@ def test_a_lone_outlier_does_not_widen_the_range_of_all_other_values() -> None:
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    images = np.full((2, size, size, 3), 20, np.uint8)
+    return bytes(model.SerializeToString())
+
+
+def test_a_lone_outlier_does_not_widen_the_range_of_all_other_values() -> None:
+    images = np.full((2, 400, 400, 3), 20, np.uint8)
     images[1, 7, 7, 0] = 255
-    made = onnx.load_from_string(Quantizer(model.SerializeToString(), images).int8())
+    made = onnx.load_from_string(Quantizer(two_layers(400), images).int8())
     (pair,) = [n for n in made.graph.node if n.op_type == "QuantizeLinear"]
     scales = {i.name: float(numpy_helper.to_array(i)) for i in made.graph.initializer if not i.dims}
     assert scales[pair.input[1]] * 127 == pytest.approx(20, rel=0.02)
+
+
+def test_an_almost_black_first_image_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    bins: list[int] = []
+    compute = PercentileCalibrater.compute_data
+
+    def counted(self: PercentileCalibrater) -> object:
+        bins.extend(len(counts) for counts, *_ in self.collector.histogram_dict.values())
+        return compute(self)
+
+    monkeypatch.setattr(PercentileCalibrater, "compute_data", counted)
+    images = np.full((2, 32, 32, 3), 255, np.uint8)
+    images[0] = 0
+    images[0, 0, 0, 0] = 1
+    Quantizer(two_layers(32), images)
+    assert bins and max(bins) <= 2048
