@@ -1,9 +1,9 @@
-"""Tables of the README, made from the committed results.
+"""Tables of the README and of docs/benchmarks.md, made from the committed results.
 
     python -m bench.readme
 
 What stands between ``<!-- bench:SUITE -->`` and ``<!-- end -->`` is replaced by one table for each
-result file of that suite and this version, with the machine it comes from. A test holds the README
+result file of that suite and this version, with the machine it comes from. A test holds the pages
 to the files.
 """
 
@@ -18,19 +18,20 @@ from typing import Any
 
 from bench import timing
 
-README = timing.ROOT / "README.md"
-# Suites whose results, once committed, have to be in the README.
-REQUIRED = ("models", "end_to_end", "cold", "soak")
+PAGES = (timing.ROOT / "README.md", timing.ROOT / "docs" / "benchmarks.md")
+# Suites whose results, once committed, have to be on a page.
+REQUIRED = ("models", "end_to_end", "cold", "soak", "peers", "precisions", "accuracy")
 SECTION = re.compile(r"(<!-- bench:([a-z0-9._-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:bench:\S*|end) -->")
 Row = Mapping[str, Any]
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
-    made = rendered(text)
-    README.write_text(made, encoding="utf-8")
-    print(f"{README.name}: {'unchanged' if made == text else 'written'}; {', '.join(suites(text))}")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = rendered(text)
+        page.write_text(made, encoding="utf-8")
+        print(f"{page.name}: {'unchanged' if made == text else 'written'}; {suites(text)}")
     return 0
 
 
@@ -148,9 +149,59 @@ def end_to_end(document: Mapping[str, Any]) -> list[str]:
     return [what, *plain(document), table(streams, {field: field for field in streams[0]})]
 
 
+def peers(document: Mapping[str, Any]) -> list[str]:
+    """What each way of running takes for a frame; rows that could not be made say why."""
+    rows = [row for row in document["rows"] if "frame" in row]
+
+    def of(place: str, field: str) -> Callable[[Row], object]:
+        return lambda row: row[place][field]
+
+    columns: dict[str, str | Callable[[Row], object]] = {
+        "": "row",
+        "network": "network",
+        "precision": "precision",
+        "ms, 1920 x 1080": of("frame", "p50_ms"),
+        "ms, model size": of("golden", "p50_ms"),
+        "x eager": of("golden", "ratio"),
+        "fastad is x as fast": of("golden", "ours_ratio"),
+    }
+    failed = [
+        f"Not run: {row['row']}: {row['reason']}." for row in document["rows"] if row.get("reason")
+    ]
+    return [table(rows, columns), *failed]
+
+
+def accuracy(document: Mapping[str, Any]) -> list[str]:
+    """What recipes reach; names of weights without their suffix."""
+    names = ("recipe", "seed", "minutes", "image AUROC", "image AP", "pixel AUROC", "pixel AP")
+    columns: dict[str, str | Callable[[Row], object]] = {
+        "weights": lambda row: Path(row["weights"]).stem,
+        **{name: name for name in (*names, "AUPRO", "parity")},
+        "ms per image, file to map": "ms per image",
+    }
+    return [f"{document['data']}:", table(document["rows"], columns)]
+
+
+def precisions(document: Mapping[str, Any]) -> list[str]:
+    """Rows of the gate, its refusals, and what auto takes."""
+    auto = ", ".join(f"{name} {precision}" for name, precision in document["auto"].items())
+    what = (
+        f"{document['method']} on {document['data']}; auto: {auto}; x is against onnxruntime fp32."
+    )
+    refused = [
+        f"Refused: {report['runtime']} {report['precision']}: {report['refused']}."
+        for report in document["gate"]
+        if report["refused"]
+    ]
+    return [what, *plain(document), *refused]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {  # by what comes before a hyphen
+    "accuracy": accuracy,
     "models": models,
     "end_to_end": end_to_end,
+    "peers": peers,
+    "precisions": precisions,
 }
 
 
