@@ -24,8 +24,8 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("needs TensorRT-RTX (pip install tensorrt-rtx)", allow_module_level=True)
 
 SCRIPT = Path(__file__).resolve().parent / "rtx_build.py"
-CHIPS = {  # float32 for the oldest and the newest; one is enough to see types refused
-    "fp32": ("SM80", "SM120"),
+CHIPS = {  # float32 from the oldest to the newest; one is enough to see types refused
+    "fp32": ("SM80", "SM89", "SM120"),
     "fp16": ("SM89",),
     "int8": ("SM89",),
 }
