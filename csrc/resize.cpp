@@ -154,7 +154,8 @@ void resize_rows(const Plan& plan, int begin, int end) {
   uint8_t* gray_row = aligned(scratch.gray_row, positions);
   scratch.block_pointers.resize(rows.steps);
   const HorizontalPass pass = {columns.first.data(), columns.packed.data(), columns.steps,
-                               plan.out_width,       plan.image.channels,   plan.swap_red_blue};
+                               plan.out_width,       plan.image.channels,   plan.swap_red_blue,
+                               plan.image.row_stride * reader.rows()};
 
   int next_row = rows.first[begin] / reader.rows() * reader.rows();
   for (int y = begin; y < end; ++y) {

@@ -63,6 +63,7 @@ void horizontal_color(const HorizontalPass& pass, const uint8_t* const* rows, ui
   const uint8_t* weights = pass.weights;
   for (int x = 0; x < pass.out_width; ++x) {
     ptrdiff_t offset = static_cast<ptrdiff_t>(pass.first[x]) * pass.channels;
+    prefetch(rows, 2 * kLanes, offset + pass.ahead);
     Sums sums0 = start();
     Sums sums1 = start();
     for (int s = 0; s < pass.steps; ++s, offset += 4 * pass.channels, weights += 16) {
@@ -92,6 +93,7 @@ void horizontal_gray(const HorizontalPass& pass, const uint8_t* const* rows, uin
   const uint8_t* weights = pass.weights;
   for (int x = 0; x < pass.out_width; ++x) {
     ptrdiff_t offset = pass.first[x];
+    if (x % 4 == 0) prefetch(rows, 2 * kLanes, offset + pass.ahead);
     Sums sums[4];
     for (Sums& sum : sums) sum = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int s = 0; s < pass.steps; ++s, offset += 16, weights += 64) {

@@ -7,6 +7,7 @@ namespace fastad {
 namespace {
 
 constexpr int kLanes = 4;  // one image row per 128-bit lane
+constexpr int kMostUnrolled = 8;  // steps
 
 struct Sums {
   __m512i digit[3];
@@ -52,20 +53,26 @@ inline __m512i color_pattern(int channels, bool swap_red_blue) {
   return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(index)));
 }
 
+// kSteps of 0 stands for any number. Unrolled, the sums are not copied about between the steps.
+template <int kChannels, int kSteps>
 void horizontal_color(const HorizontalPass& pass, const uint8_t* const* rows, uint8_t* blocks,
                       ptrdiff_t block_bytes) {
-  const __m512i pattern = color_pattern(pass.channels, pass.swap_red_blue);
+  const __m512i pattern = color_pattern(kChannels, pass.swap_red_blue);
   const __m128i transpose = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const int steps = kSteps == 0 ? pass.steps : kSteps;
   const uint8_t* weights = pass.weights;
-  for (int x = 0; x < pass.out_width; ++x) {
-    ptrdiff_t offset = static_cast<ptrdiff_t>(pass.first[x]) * pass.channels;
+  for (int x = 0; x < pass.out_width; ++x, weights += 12 * steps) {
+    const ptrdiff_t offset = static_cast<ptrdiff_t>(pass.first[x]) * kChannels;
+    prefetch(rows, 2 * kLanes, offset + pass.ahead);
     Sums sums0 = start();
     Sums sums1 = start();
-    for (int s = 0; s < pass.steps; ++s, offset += 4 * pass.channels, weights += 12) {
-      const __m512i pixels0 = _mm512_shuffle_epi8(load_rows(rows, offset), pattern);
-      const __m512i pixels1 = _mm512_shuffle_epi8(load_rows(rows + kLanes, offset), pattern);
+#pragma GCC unroll kMostUnrolled
+    for (int s = 0; s < steps; ++s) {
+      const ptrdiff_t run = offset + 4 * kChannels * s;
+      const __m512i pixels0 = _mm512_shuffle_epi8(load_rows(rows, run), pattern);
+      const __m512i pixels1 = _mm512_shuffle_epi8(load_rows(rows + kLanes, run), pattern);
       for (int d = 0; d < 3; ++d) {
-        const __m512i weight = digit4(weights, d);
+        const __m512i weight = digit4(weights + 12 * s, d);
         sums0.digit[d] = _mm512_dpbusd_epi32(sums0.digit[d], pixels0, weight);
         sums1.digit[d] = _mm512_dpbusd_epi32(sums1.digit[d], pixels1, weight);
       }
@@ -92,6 +99,7 @@ void horizontal_gray(const HorizontalPass& pass, const uint8_t* const* rows, uin
   const uint8_t* weights = pass.weights;
   for (int x = 0; x < pass.out_width; ++x) {
     ptrdiff_t offset = pass.first[x];
+    if (x % 4 == 0) prefetch(rows, 2 * kLanes, offset + pass.ahead);
     Sums sums0 = start();
     Sums sums1 = start();
     for (int s = 0; s < pass.steps; ++s, offset += 16, weights += 48) {
@@ -112,9 +120,25 @@ void horizontal_gray(const HorizontalPass& pass, const uint8_t* const* rows, uin
   }
 }
 
+template <int kChannels>
+void horizontal_color(const HorizontalPass& pass, const uint8_t* const* rows, uint8_t* blocks,
+                      ptrdiff_t block_bytes) {
+  static constexpr decltype(&horizontal_color<3, 0>) kBySteps[kMostUnrolled + 1] = {
+      horizontal_color<kChannels, 0>, horizontal_color<kChannels, 1>,
+      horizontal_color<kChannels, 2>, horizontal_color<kChannels, 3>,
+      horizontal_color<kChannels, 4>, horizontal_color<kChannels, 5>,
+      horizontal_color<kChannels, 6>, horizontal_color<kChannels, 7>,
+      horizontal_color<kChannels, 8>};
+  const int known = pass.steps <= kMostUnrolled ? pass.steps : 0;
+  kBySteps[known](pass, rows, blocks, block_bytes);
+}
+
 void horizontal(const HorizontalPass& pass, const uint8_t* const* rows, uint8_t* blocks,
                 ptrdiff_t block_bytes) {
-  (pass.channels == 1 ? horizontal_gray : horizontal_color)(pass, rows, blocks, block_bytes);
+  const auto pass_of = pass.channels == 1   ? horizontal_gray
+                       : pass.channels == 3 ? horizontal_color<3>
+                                            : horizontal_color<4>;
+  pass_of(pass, rows, blocks, block_bytes);
 }
 
 void vertical(const uint8_t* const* blocks, int steps, const uint8_t* weights, int positions,

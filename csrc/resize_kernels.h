@@ -42,7 +42,13 @@ struct HorizontalPass {
   int out_width;
   int channels;           // of the image: 1, 3 or 4; a block has 1 or 3
   bool swap_red_blue;
+  ptrdiff_t ahead;        // bytes from a row to the one in its place in the next call
 };
+
+// Rows lie further apart than the hardware looks ahead: the next call's are fetched meanwhile.
+static inline void prefetch(const uint8_t* const* rows, int count, ptrdiff_t offset) {
+  for (int i = 0; i < count; ++i) __builtin_prefetch(rows[i] + offset, 0, 2);
+}
 
 struct Kernels {
   const char* name;
