@@ -103,6 +103,13 @@ def test_equals_pillow(level: str, size: tuple[int, int], to: tuple[int, int], c
     np.testing.assert_array_equal(resized(image, to), pillow(image, to))
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("scale", range(1, 20, 2))
+def test_equals_pillow_at_every_number_of_steps(level: str, scale: int, channels: int):
+    image = noise((30, 21 * scale), channels)  # 2 * scale taps, of which a step takes 4
+    np.testing.assert_array_equal(resized(image, (9, 21)), pillow(image, (9, 21)))
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_equals_pillow_at_random_sizes(level: str, seed: int):
     rng = np.random.default_rng(seed)
