@@ -37,9 +37,7 @@ SHOWN = ("recipe", "weights", "seed", "epochs", "minutes", "image AUROC", "pixel
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipe", action="append", required=True, dest="recipes")
     parser.add_argument("--weights", action="append", help="a file, imagenet or random; repeat")
@@ -47,13 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", action="append", type=int)
     parser.add_argument("--mask-folder", default="ground_truth")
     parser.add_argument("--keep", type=Path, help="existing folder for runs and engines")
-    parser.add_argument("--name", default="", help="of the result file")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", FastadWarning)  # small samples are this bench's daily bread
     about = timing.machine()
     rows: list[dict[str, Any]] = []
     payload = {"data": options.data.name, "mask_folder": options.mask_folder, "rows": rows}
-    suite = f"accuracy-{options.name or options.data.name}"
+    suite = timing.suite("accuracy", options.name or options.data.name)
     for recipe, weights, epochs, seed in jobs(options):
         overrides = [f"train.seed={seed}", *([f"train.epochs={epochs}"] if epochs else [])]
         with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = measure(options.data, run, recipe, weights, overrides, options.mask_folder)
         rows.append(row | {"seed": seed})
         print(" ".join(f"{key}={rows[-1][key]}" for key in SHOWN), flush=True)
-        path = timing.write_result(suite, payload, about=about)
+        path = timing.write_result(suite, payload, about=about, results=options.results)
     timing.table([{key: row[key] for key in SHOWN} for row in rows], title=options.data.name)
     print(path)
     return 0

@@ -8,8 +8,9 @@ as ``--python anomalib=/envs/anomalib/bin/python``. "MB" are all files of site-p
 and setuptools. "import" is the bare package, "ready" what a program imports to use a model; both
 are medians of fresh processes. "first" is from the start of a process to its first result on a
 1920 x 1080 frame: for fastad with nothing compiled before, "again" with its cache. For another
-package it is the time until a script of the caller's prints its first line, when ``--first`` names
-one. What was not given is listed as missing.
+package it is the time until the script that ``--first`` names prints its first line; those of
+`bench.cold_peers` say how their environments are made. It is the median of half as many processes,
+at least one ("first starts"). What was not given is listed as missing.
 """
 
 from __future__ import annotations
@@ -76,11 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         python = options.fastad or install(Path(folder) / "venv")
         rows = [measure("fastad", python, options.processes, packages)]
-        rows[0] |= fastad_first(python, options.engine, max(options.processes // 2, 1))
+        starts = max(options.processes // 2, 1)
+        rows[0] |= fastad_first(python, options.engine, starts)
         for name, path in pythons.items():
             row = measure(name, path, options.processes, packages)
             if name in scripts:
-                row["first s"] = first_line_s([str(path), str(scripts[name])], os.environ)
+                row |= first_result(path, scripts[name], starts)
             rows.append(row)
     timing.table(rows, title="Cold start")
     parts = [(size / 1e6, name) for name, size in packages["fastad"].items() if name not in TOOLS]
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     for sentence in missing:
         print(f"missing: {sentence}")
     payload = {"rows": rows, "package_bytes": packages, "missing": missing}
-    suite = "-".join(part for part in ("cold", options.name) if part)
+    suite = timing.suite("cold", options.name)
     print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0
 
@@ -129,9 +131,10 @@ def measure(
         "MB": sum(counted.values()) / 1e6,
         "import ms": import_ms(python, f"import {name}", processes),
         "ready ms": import_ms(python, READY.get(name, f"import {name}"), processes),
+        "processes": processes,
         "first s": None,
         "again s": None,
-        "processes": processes,
+        "first starts": None,
     }
 
 
@@ -143,7 +146,18 @@ def import_ms(python: Path, statement: str, processes: int) -> float:
     )
 
 
-def fastad_first(python: Path, engine: Path, processes: int) -> dict[str, float]:
+def first_result(python: Path, script: Path, starts: int) -> dict[str, float]:
+    """Start to first line of a script, and of how many starts this is the median.
+
+    Raises:
+        CalledProcessError: no line, or it failed later; its words are on stderr.
+    """
+    command = [str(python), str(script)]
+    first = [first_line_s(command, os.environ) for _ in range(starts)]
+    return {"first s": statistics.median(first), "first starts": starts}
+
+
+def fastad_first(python: Path, engine: Path, starts: int) -> dict[str, float]:
     """Start to first result: each first start has a cache folder of its own, the next one finds it.
 
     Raises:
@@ -151,12 +165,16 @@ def fastad_first(python: Path, engine: Path, processes: int) -> dict[str, float]
     """
     command = [str(python), "-c", FIRST, str(engine.resolve())]
     first, again = [], []
-    for _ in range(processes):
+    for _ in range(starts):
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"XDG_CACHE_HOME": cache}
             first.append(first_line_s(command, environment))
             again.append(first_line_s(command, environment))
-    return {"first s": statistics.median(first), "again s": statistics.median(again)}
+    return {
+        "first s": statistics.median(first),
+        "again s": statistics.median(again),
+        "first starts": starts,
+    }
 
 
 def first_line_s(command: list[str], environment: Mapping[str, str]) -> float:

@@ -12,7 +12,6 @@ time. Random weights cost the same time as trained ones. Not yet run on hardware
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -62,9 +61,7 @@ class Variant:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("--method", choices=methods(), default="uniad")
     parser.add_argument("--run", type=Path, help="a trained run instead of random weights")
     parser.add_argument("--config", type=json.loads, default={}, help="JSON of changed settings")
@@ -102,7 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
             "cuda": torch.version.cuda,
             "rows": rows,
         }
-        print(timing.write_result(f"gpu-{method.name}", payload, about=about, device=name))
+        suite = timing.suite("gpu", method.name, options.name)
+        path = timing.write_result(
+            suite, payload, about=about, device=name, results=options.results
+        )
+        print(path)
     return 0
 
 

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     timing.table(rows, title=f"intra.paper, {options.size} px, PyTorch eager")
-    suite = "-".join(part for part in ("intra-windows", options.name) if part)
+    suite = timing.suite("intra-windows", options.name)
     payload = {"size": options.size, "images": IMAGES, "rows": rows}
     print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0

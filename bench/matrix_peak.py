@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = timing.machine()
     rows = measure()
     timing.table(rows, title="Matrix products, 1e9 operations a second, the fastest run")
-    suite = "-".join(part for part in ("matrix_peak", options.name) if part)
+    suite = timing.suite("matrix_peak", options.name)
     print(timing.write_result(suite, {"rows": rows}, about=about, results=options.results))
     return 0
 

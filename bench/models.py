@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         "matrix_peak": peak_rows,
         "rows": rows,
     }
-    suite = "-".join(part for part in ("models", options.name) if part)
+    suite = timing.suite("models", options.name)
     print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0
 

@@ -16,15 +16,12 @@ reference by more than the tests allow.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import statistics
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,13 +44,13 @@ INPUTS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = timing.parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--op", action="append", help="only this operator; may be repeated")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     about = timing.machine()
     device = "cpu" if chosen.device == "cpu" else torch.cuda.get_device_name()
@@ -66,7 +63,8 @@ def main() -> int:
         rows, title=f"Operators on {device}, times in {unit}; ratio: times as fast as eager"
     )
     payload = {"unit": unit, "threads": torch.get_num_threads(), "rows": rows}
-    print(timing.write_result("ops", payload, about=about, device=device))
+    suite = timing.suite("ops", chosen.name)
+    print(timing.write_result(suite, payload, about=about, device=device, results=chosen.results))
     return 0
 
 
@@ -157,28 +155,37 @@ def runtimes(op: str, arguments: Arguments) -> dict[str, Callable[[], Any]]:
     """The exported graph in the CPU runtimes of engines."""
     import onnxruntime
     import openvino
+    from fastad.export.to_onnx import OPSET, add_functions
+
+    from fastad.engine.openvino_ops import read_model
 
     tensors: list[Tensor] = []
     for name in INPUTS[op]:
         value = arguments[name]
         tensors += value if isinstance(value, list) else [value]
     program = torch.onnx.export(
-        Exported(op, arguments).eval(), tuple(tensors), dynamo=True, opset_version=18, verbose=False
+        Exported(op, arguments).eval(),
+        tuple(tensors),
+        dynamo=True,
+        opset_version=OPSET,
+        verbose=False,
     )
+    assert program is not None
+    model = program.model_proto
+    add_functions(model)  # as in engines, which are opened as here
+    graph = model.SerializeToString()
     arrays = [t.contiguous().numpy() for t in tensors]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "op.onnx"
-        program.save(str(path))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = openvino.Core()
+    compiled = core.compile_model(read_model(core, graph), "CPU", settings)
     feed = dict(zip((i.name for i in session.get_inputs()), arrays, strict=True))
     request = compiled.create_infer_request()
 

@@ -5,7 +5,8 @@
 
 The rows are the export's own reports: changes of accuracy against float32 of the same runtime on
 labelled and held-out normal images, medians of interleaved runs at batch 1 and 8 (uint8 batch at
-model size to map and score, in memory), and what ``auto`` then takes. Refused rows stay in.
+model size to map and score, in memory), and what ``auto`` then takes. Refused rows stay in; they
+were not timed, and have a graph size only where the engine holds their graph.
 ``export_s`` is the whole export: graph, parity, every search and the timing.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 from fastad.export import export_engine
 
 from bench import timing
+from bench.models import absent
 from fastad.console import fastest_precisions
 from fastad.engine.container import read_engine
 from fastad.evaluation import evaluate
@@ -65,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         "export_s": round(seconds, 1),
         "auto": auto,
         "rows": rows,
-        "gate": [asdict(r) | {"kept": v.kept} for v in manifest.variants for r in v.gate],
+        "gate": gate(manifest),
     }
-    suite = f"precisions-{options.name or spec.method}"
+    suite = timing.suite("precisions", options.name or spec.method)
     print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0
 
@@ -82,17 +84,21 @@ def table(manifest: Manifest, full: tuple[float | None, ...]) -> list[dict[str, 
     rows = []
     for variant in manifest.variants:
         for report in variant.gate:
-            ms = (report.ms_batch1, report.ms_batch8)
-            ratios = [round(b / own, 2) if own else None for b, own in zip(base, ms, strict=True)]
+            spent = (report.ms_batch1, report.ms_batch8)  # 0: not timed
+            ms = [round(own, 2) if own else None for own in spent]
+            ratios = [
+                round(b / own, 2) if own else None for b, own in zip(base, spent, strict=True)
+            ]
+            size = manifest.members[variant.member].size
             rows.append(
                 {
                     "runtime": report.runtime,
                     "precision": report.precision + (" (refused)" if report.refused else ""),
-                    "ms B1": round(ms[0], 2),
-                    "ms B8": round(ms[1], 2),
+                    "ms B1": ms[0],
+                    "ms B8": ms[1],
                     "x B1": ratios[0],
                     "x B8": ratios[1],
-                    "graph MB": round(manifest.members[variant.member].size / 1e6, 1),
+                    "graph MB": None if absent(manifest, variant) else round(size / 1e6, 1),
                     "map mean": f"{report.map_mean:.1e}",
                     **accuracy(report, full),
                     "false alarms": report.false_alarm_rate,
@@ -100,6 +106,17 @@ def table(manifest: Manifest, full: tuple[float | None, ...]) -> list[dict[str, 
                 }
             )
     return rows
+
+
+def gate(manifest: Manifest) -> list[dict[str, Any]]:
+    """Every report whole, with the layers kept; times of what was not timed are None."""
+    return [
+        asdict(report)
+        | {"ms_batch1": report.ms_batch1 or None, "ms_batch8": report.ms_batch8 or None}
+        | {"kept": variant.kept}
+        for variant in manifest.variants
+        for report in variant.gate
+    ]
 
 
 def accuracy(report: GateReport, full: tuple[float | None, ...]) -> dict[str, float | None]:

@@ -25,7 +25,8 @@ SIDES = [224, 256]
 ROUNDS = 60
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    options = timing.parser(__doc__).parse_args(arguments)
     about = timing.machine()
     all_threads = _native.threads()
     rows: list[dict[str, Any]] = []
@@ -39,7 +40,8 @@ def main() -> int:
                 rows += measure(frame, side, threads)
     _native.set_threads(all_threads)
     timing.table(rows, title="One frame, times in ms; ratio: times as fast as Pillow")
-    print(timing.write_result("resize", {"unit": "ms", "rows": rows}, about=about))
+    suite, payload = timing.suite("resize", options.name), {"unit": "ms", "rows": rows}
+    print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0
 
 

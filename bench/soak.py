@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     row |= {"frames": count, "minutes": seconds / 60} | growth(samples)
     row["peak MB"] = peak_bytes() / 1e6
     timing.table([row], title="Resident memory")
-    suite = "-".join(part for part in ("soak", options.name) if part)
+    suite = timing.suite("soak", options.name)
     payload = {"rows": [row], "samples": samples}
     print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0

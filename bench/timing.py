@@ -130,17 +130,25 @@ def _time_ns(call: Callable[[], object], synchronize: Callable[[], object] | Non
 
 
 def _timing(times_ns: Sequence[int], base_ns: Sequence[int] | None) -> Timing:
-    ordered = sorted(times_ns)
-
-    def percentile_ms(percent: int) -> float:
-        # Nearest rank: a time that was measured, never one between two.
-        rank = -(-percent * len(ordered) // 100)
-        return ordered[max(rank, 1) - 1] / 1e6
-
     ratio = None
     if base_ns is not None:
         ratio = statistics.median(b / max(t, 1) for b, t in zip(base_ns, times_ns, strict=True))
-    return Timing(percentile_ms(50), percentile_ms(90), percentile_ms(99), len(times_ns), ratio)
+    p50_ms, p90_ms, p99_ms = (percentile(times_ns, percent) / 1e6 for percent in (50, 90, 99))
+    return Timing(p50_ms, p90_ms, p99_ms, len(times_ns), ratio)
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The nearest rank: a value that was measured, never one between two.
+
+    Args:
+        values: At least one, in any order.
+        percent: 0 to 100; 0 gives the least value.
+
+    >>> percentile([30.0, 10.0, 20.0], 50)
+    20.0
+    """
+    rank = -(-percent * len(values) // 100)
+    return sorted(values)[max(rank, 1) - 1]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -151,6 +159,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--name", default="", help="goes behind the suite's name in the result file")
     found.add_argument("--results", type=Path, default=RESULTS, help="folder for all versions")
     return found
+
+
+def suite(*parts: str) -> str:
+    """A suite's name from its parts, such as the bench and ``--name``; empty ones are left out.
+
+    >>> suite("models", ""), suite("models", "demo")
+    ('models', 'models-demo')
+    """
+    return "-".join(part for part in parts if part)
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,6 @@ without a backbone the cache holds decoded images.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import statistics
 import sys
@@ -76,16 +75,13 @@ def measured(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipe", default="grad.paper")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=2, help="turns of each loop")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--name", default="", help="of the result file")
     options = parser.parse_args(arguments)
     if options.epochs < 2 or options.blocks < 1:
         parser.error("expected at least 2 epochs, of which the first is not timed, and 1 block")
@@ -126,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not kept:
         print("a loss curve left its bound: no speed for that loop")
     payload = {"recipe": options.recipe, "rows": rows, "losses": losses}
-    suite = "-".join(part for part in ("training", options.name or options.recipe) if part)
-    print(timing.write_result(suite, payload, about=about))
+    suite = timing.suite("training", options.name or options.recipe)
+    print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0 if kept else 1
 
 

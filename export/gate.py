@@ -28,7 +28,7 @@ precision on labelled images that the export never saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastad import calibration
-from fastad.engine.base import Outputs, Runtime
+from fastad.engine.base import Runtime
 from fastad.metrics import PixelMetrics, image_scores
 from fastad.spec import GateReport, InputSpec
 from fastad.training.folder import Sample, load_images, read_mask
@@ -120,19 +120,10 @@ class Reference:
     masks: Mapping[int, NDArray[np.bool_]]  # [H, W] of anomalous images, by their index
     points: tuple[float | None, float | None, float | None]
 
-    def outputs(
-        self, runtime: Runtime, which: NDArray[np.intp]
-    ) -> Iterator[tuple[NDArray[np.intp], Outputs]]:
-        """Indices and outputs of every batch; what float32 gave is not computed again."""
-        for start in range(0, len(which), BATCH):
-            part = which[start : start + BATCH]
-            known = runtime is self.runtime
-            yield (
-                part,
-                (self.maps[part], self.scores[part])
-                if known
-                else runtime.run(self.images.pixels[part]),
-            )
+    @property
+    def is_finite(self) -> bool:
+        """Whether no output is NaN or infinite."""
+        return bool(np.isfinite(self.maps).all() and np.isfinite(self.scores).all())
 
 
 def refer(runtime: Runtime, images: GateImages) -> Reference:
@@ -154,7 +145,7 @@ def refer(runtime: Runtime, images: GateImages) -> Reference:
         if i >= images.normal and sample.is_anomalous and sample.mask_path
     }
     reference = Reference(runtime, images, maps, scores, masks, (None, None, None))
-    if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
+    if not reference.is_finite:
         return reference
     own = _Outputs(reference)
     for i in range(len(maps)):
@@ -174,7 +165,9 @@ class _Outputs:
 
     def run(self, runtime: Runtime, which: NDArray[np.intp]) -> bool:
         """Run and compare these images; False, at the first batch that is not finite."""
-        for part, (maps, scores) in self.reference.outputs(runtime, which):
+        for start in range(0, len(which), BATCH):
+            part = which[start : start + BATCH]
+            maps, scores = runtime.run(self.reference.images.pixels[part])
             if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
                 return False
             for i, anomaly_map, score in zip(part.tolist(), maps, scores, strict=True):
@@ -232,6 +225,8 @@ def measure(
 ) -> GateReport:
     """Compare a runtime with float32 of the same name, batch by batch; times stay 0.
 
+    Float32 itself is not run again: it loses nothing, and what it gave is known.
+
     Outputs that are not finite are refused here, all else by `judge`. With ``limits``, normal
     images come first and what they refuse ends it: anomalous images do not run, no metrics are
     computed, and the report's errors are those of the normal images. Whether it is refused is the
@@ -242,14 +237,15 @@ def measure(
     """
     images = reference.images
     own, normal = _Outputs(reference), images.is_normal
-    first = np.flatnonzero(normal)
-    if not own.run(runtime, first):
+    is_itself = runtime is reference.runtime
+    if not (reference.is_finite if is_itself else own.run(runtime, np.flatnonzero(normal))):
         return _not_finite(runtime, images)
+    scores = reference.scores if is_itself else own.scores
     low, high = float(reference.maps.min()), float(reference.maps.max())
     span = max(high - low, float(np.finfo(np.float32).tiny))
     rate = interval = None
     if threshold is not None and normal.any():
-        rate = float((own.scores[normal] > threshold).mean())
+        rate = float((scores[normal] > threshold).mean())
         alarms, count = int((reference.scores[normal] > threshold).sum()), int(normal.sum())
         interval = calibration.false_alarm_interval(alarms, count)
     # What is not known yet counts as if nothing were lost.
@@ -260,7 +256,7 @@ def measure(
         test_images=images.labelled,
         map_max=0.0,
         map_mean=0.0,
-        score_rank_correlation=rank_correlation(own.scores[normal], reference.scores[normal]),
+        score_rank_correlation=rank_correlation(scores[normal], reference.scores[normal]),
         false_alarm_rate=rate,
         false_alarm_interval=interval,
         image_auroc_change=_change(reference.points[0], reference.points[0]),
@@ -270,6 +266,8 @@ def measure(
         ms_batch8=0.0,
     )
     early = judge(report, limits, images).refused if limits else ""
+    if is_itself:
+        return replace(report, refused=early)
     changes: list[float | None] = [None, None, None]
     if not early:
         if not own.run(runtime, np.flatnonzero(~normal)):

@@ -112,11 +112,6 @@ def _parts(model: ModelProto, kept_apart: Collection[str]) -> Parts:
     return Parts(tuple(layers), tuple(reversed(last)), tuple(reversed(head)))
 
 
-def parts(graph: bytes) -> Parts:
-    """Which nodes of an exported graph may be lowered, and which are its head."""
-    return _parts(*_prepare(graph))
-
-
 class _Images:
     """Feeds one batch of calibration images, as ONNX Runtime's quantizer wants it."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastad.errors import InputError, UnsupportedError
-from fastad.preprocess import read_levels
+from fastad.images import read_levels
 
 Box: TypeAlias = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, ends exclusive
 Polygon: TypeAlias = Sequence[Sequence[float]]  # corners (x, y) in pixels, at least three

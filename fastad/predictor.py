@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import numpy as np
 
@@ -23,14 +19,16 @@ from fastad import calibration, forked
 from fastad.engine.base import Runtime
 from fastad.engine.container import read_engine
 from fastad.engine.opening import open_engine
-from fastad.errors import FastadError, FastadWarning, InputError
+from fastad.errors import FastadError, InputError
 from fastad.feed import Feed
 from fastad.inspected import Area
-from fastad.look import BATCH, Aim, Frames, Graph, aim_at
+from fastad.levels import ValueRange
+from fastad.look import BATCH, Frames, Graph
 from fastad.pending import Workers
 from fastad.prediction import Prediction
-from fastad.preprocess import Color, Source, ValueRange, collect
-from fastad.spec import Manifest, Threshold
+from fastad.preprocess import Color, Source, collect
+from fastad.request import Options, Request, check_options
+from fastad.spec import Manifest
 
 if TYPE_CHECKING:
     from fastad.camera.events import StreamEvent, StreamResult
@@ -72,16 +70,6 @@ def load(
     with read_engine(path) as engine:
         opened = open_engine(engine, runtime, precision, device, threads, mode)
         return Predictor(engine.manifest, opened)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one call of `Predictor.predict` asks for beside its images, checked."""
-
-    applied: Threshold | None  # calibrated, moved to the caller's value if there is one
-    value: float | None  # what decides; None if nothing does
-    category: str | None
-    aim: Aim
 
 
 class Predictor:
@@ -152,15 +140,18 @@ class Predictor:
             UnsupportedError: a region, and an engine of an early version that does not record its
                 score rule.
         """
-        request = self.request(
+        request = check_options(
+            self.manifest,
             threshold=threshold,
+            color=color,
             category=category,
+            value_range=value_range,
             tile=tile,
             overlap=overlap,
             region=region,
             ignore=ignore,
         )
-        sources, single = self._collect(images, color, value_range)
+        sources, single = self._collect(images, request)
         found = list(self._iterate(sources, request, None))
         return found[0] if single else found
 
@@ -170,15 +161,8 @@ class Predictor:
         self,
         images: object,
         *,
-        threshold: float | None = None,
-        color: Color = "rgb",
-        category: str | None = None,
-        value_range: ValueRange | None = None,
-        tile: tuple[int, int] | int | None = None,
-        overlap: float = 0.25,
-        region: Area | None = None,
-        ignore: Area | None = None,
         on_unreadable: Unreadable | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[Prediction]:
         """Like `predict`, one result at a time: of a list of paths, memory holds one batch only.
 
@@ -188,41 +172,15 @@ class Predictor:
 
         Args:
             images: As in `predict`; one image gives one result.
-            threshold: As in `predict`.
-            color: As in `predict`.
-            category: As in `predict`.
-            value_range: As in `predict`.
-            tile: As in `predict`.
-            overlap: As in `predict`.
-            region: As in `predict`.
-            ignore: As in `predict`.
             on_unreadable: Called with each image that cannot be decoded and its error; the image
                 is left out. None raises the error instead.
+            options: As in `predict`.
         """
-        request = self.request(
-            threshold=threshold,
-            category=category,
-            tile=tile,
-            overlap=overlap,
-            region=region,
-            ignore=ignore,
-        )
-        sources, _ = self._collect(images, color, value_range)
+        request = check_options(self.manifest, **options)
+        sources, _ = self._collect(images, request)
         return self._iterate(sources, request, on_unreadable)
 
-    def submit(
-        self,
-        image: object,
-        *,
-        threshold: float | None = None,
-        color: Color = "rgb",
-        category: str | None = None,
-        value_range: ValueRange | None = None,
-        tile: tuple[int, int] | int | None = None,
-        overlap: float = 0.25,
-        region: Area | None = None,
-        ignore: Area | None = None,
-    ) -> Future[Prediction]:
+    def submit(self, image: object, **options: Unpack[Options]) -> Future[Prediction]:
         """Like `predict` of one image, done by a few threads: while one image runs, the next is
         decoded and resized.
 
@@ -232,14 +190,7 @@ class Predictor:
 
         Args:
             image: As in `predict`, one image.
-            threshold: As in `predict`.
-            color: As in `predict`.
-            category: As in `predict`.
-            value_range: As in `predict`.
-            tile: As in `predict`.
-            overlap: As in `predict`.
-            region: As in `predict`.
-            ignore: As in `predict`.
+            options: As in `predict`.
 
         Returns:
             A future of its `Prediction`, or of what is wrong with this image; others go on. Images
@@ -251,22 +202,12 @@ class Predictor:
                 queue is full and a future's callback asks, in one of the threads that empty it.
             UnsupportedError: as in `predict`.
         """
-        request = self.request(
-            threshold=threshold,
-            category=category,
-            tile=tile,
-            overlap=overlap,
-            region=region,
-            ignore=ignore,
-        )
-        self._collect((), color, value_range)  # refuses these two; images answer in their futures
-        work = partial(self._one, image, color, value_range, request)
-        return self._started().submit(work)
+        request = check_options(self.manifest, **options)
+        self._collect((), request)  # refuses colour and range; images answer in their futures
+        return self._started().submit(partial(self._one, image, request))
 
-    def _one(
-        self, image: object, color: Color, value_range: ValueRange | None, request: Request
-    ) -> Prediction:
-        sources, single = self._collect(image, color, value_range)
+    def _one(self, image: object, request: Request) -> Prediction:
+        sources, single = self._collect(image, request)
         if not single:
             raise InputError(
                 f"image: expected one image, got {len(sources)}; submit each by itself, or use "
@@ -305,11 +246,9 @@ class Predictor:
         """How many batches the runtime takes at once; others wait for their turn."""
         return self._feed.turns
 
-    def _collect(
-        self, images: object, color: Color, value_range: ValueRange | None
-    ) -> tuple[list[Source], bool]:
+    def _collect(self, images: object, request: Request) -> tuple[list[Source], bool]:
         self._check_open()
-        return collect(images, color, value_range or self.manifest.spec.input.value_range)
+        return collect(images, request.color, request.value_range)
 
     def _iterate(
         self,
@@ -366,53 +305,6 @@ class Predictor:
             )
             for (source, frame), look, score in zip(frames, looks, calibrated, strict=True)
         ]
-
-    def request(
-        self,
-        *,
-        threshold: float | None = None,
-        category: str | None = None,
-        tile: tuple[int, int] | int | None = None,
-        overlap: float = 0.25,
-        region: Area | None = None,
-        ignore: Area | None = None,
-    ) -> Request:
-        """Check what a call asks for; arguments are those of `predict`.
-
-        Raises:
-            InputError: an argument that cannot be used.
-            UnsupportedError: a region, and an engine that does not record its score rule.
-        """
-        applied = self.threshold_for(category, threshold)
-        aim = aim_at(self.manifest.spec, tile, overlap, region, ignore)
-        if aim.tiling and applied and threshold is None:
-            warnings.warn(
-                "tile: the threshold was calibrated on whole images, and the maximum over tiles is "
-                "higher; pass threshold=, found from normal images with the same tile",
-                FastadWarning,
-                stacklevel=3,
-            )
-        value = applied.value if applied else threshold
-        return Request(applied, value, category, aim)
-
-    def threshold_for(self, category: str | None, value: float | None = None) -> Threshold | None:
-        """The calibrated threshold of a category (or pooled), moved to ``value`` if given.
-
-        None without calibration.
-
-        Raises:
-            InputError: the engine does not know the category, or ``value`` is not finite.
-        """
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            raise InputError(f"threshold: expected a finite number, got {value!r}")
-        known = self.manifest.spec.categories
-        if category is not None and category not in known:
-            raise InputError(f"category: expected one of {', '.join(known)}, got {category!r}")
-        fitted = self.manifest.calibration
-        if fitted is None:
-            return None
-        own = fitted.per_category.get(category, fitted.pooled) if category else fitted.pooled
-        return own if value is None else calibration.at(own, value)
 
     def warmup(self, batch: int = 1) -> None:
         """Run once on black images, so that the first real image meets a warm runtime.

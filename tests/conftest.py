@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gated import GatedRuntime
+from numpy.typing import NDArray
 from textures import CONFIG, FALSE_ALARM_RATE, Outcome, Textures, make_textures
 
 from fastad.predictor import Predictor, load
+from fastad.preprocess import Frame, to_batch
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -65,6 +69,32 @@ def predictor(texture_engine: Path) -> Iterator[Predictor]:
     """An open predictor on two threads."""
     with load(texture_engine, threads=2) as opened:
         yield opened
+
+
+@pytest.fixture
+def runtime() -> GatedRuntime:
+    """A runtime that the test can hold."""
+    return GatedRuntime()
+
+
+@pytest.fixture
+def opened(predictor: Predictor, runtime: GatedRuntime) -> Iterator[Predictor]:
+    """An open predictor on `runtime`."""
+    with Predictor(predictor.manifest, runtime) as opened:
+        yield opened
+
+
+@pytest.fixture
+def resized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many frames each batch had that was resized from here on, in order."""
+    sizes: list[int] = []
+
+    def counted(frames: list[Frame], *args: Any) -> NDArray[np.uint8]:
+        sizes.append(len(frames))
+        return to_batch(frames, *args)
+
+    monkeypatch.setattr("fastad.feed.to_batch", counted)
+    return sizes
 
 
 @pytest.fixture

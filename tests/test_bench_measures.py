@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -97,11 +100,11 @@ def test_matrix_peak_covers_what_the_machine_has() -> None:
 
 
 def test_product_is_the_product() -> None:
-    product = matrix_peak.openvino_product("fp32", 32)
+    product: Callable[[], Any] = matrix_peak.openvino_product("fp32", 32)
     rng = np.random.default_rng(0)
     right = rng.uniform(-1, 1, (32, 32)).astype(np.float32)
     left = rng.uniform(-1, 1, (32, 32)).astype(np.float32)
-    found = next(iter(product().values()))  # type: ignore[attr-defined]
+    found = next(iter(product().values()))
     np.testing.assert_allclose(found, left @ right, atol=1e-5)
 
 
@@ -140,3 +143,22 @@ def test_warm_up_ends_with_its_share_of_the_budget() -> None:
     timings = timing.compare({"a": lambda: calls.append(None)}, rounds=9, warmup=50, budget_s=0.0)
     assert timings["a"].runs == 3
     assert len(calls) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"), [(0, 1.0), (1, 1.0), (50, 2.0), (51, 3.0), (75, 3.0), (99, 4.0)]
+)
+def test_percentile_is_a_value_that_was_measured(percent: int, expected: float) -> None:
+    assert timing.percentile([4.0, 1.0, 3.0, 2.0], percent) == expected
+
+
+def test_percentile_of_one_value_is_that_value() -> None:
+    assert timing.percentile([7.0], 99) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [(("soak", ""), "soak"), (("soak", "night"), "soak-night"), (("gpu", "grad", ""), "gpu-grad")],
+)
+def test_suite_leaves_out_empty_parts(parts: tuple[str, ...], expected: str) -> None:
+    assert timing.suite(*parts) == expected

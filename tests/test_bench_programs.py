@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import cold, end_to_end, engines, fresh, matrix_peak, models, readme, soak, timing
+from bench import (
+    end_to_end,
+    engines,
+    fresh,
+    matrix_peak,
+    models,
+    ops,
+    precisions,
+    readme,
+    resize,
+    soak,
+    timing,
+)
+from fastad.engine.base import Precision
 from fastad.engine.container import read_engine
 from fastad.engine.openvino import why_unsupported
+from fastad.engine.select import RUNTIMES
+from fastad.engine.select import why_unsupported as runtime_lacks
+from fastad.ops.grid_interpolate import cases as grid_cases
 from fastad.spec import GateReport
 from fastad.training.recipe import load_recipe
 
@@ -104,6 +120,7 @@ def test_models_runs_no_float32_graph_under_another_name() -> None:
     reports = tuple(
         replace(r, precision="int8", refused="too far off") for r in full.gate if not r.refused
     )
+    assert [report.runtime for report in reports] == list(RUNTIMES)
     refused = replace(full, precision="int8", gate=reports)
     held = replace(refused, member="model.int8.onnx")
     assert models.left_out(manifest) == []
@@ -111,7 +128,10 @@ def test_models_runs_no_float32_graph_under_another_name() -> None:
     assert [way.name for way in models.ways(lacking)] == [w.name for w in models.ways(manifest)]
     assert models.left_out(lacking) == [f"{r.runtime} int8: too far off" for r in reports]
     holding = replace(manifest, variants=(full, held))
-    assert {w.member for w in models.ways(holding) if w.precision == "int8"} <= {held.member}
+    here = [runtime for runtime in RUNTIMES if runtime_lacks(runtime, "int8") is None]
+    assert "onnxruntime" in here
+    ran = [(way.runtime, way.member) for way in models.ways(holding) if way.precision == "int8"]
+    assert ran == [(runtime, held.member) for runtime in here]
     assert models.left_out(holding) == []
 
 
@@ -119,15 +139,65 @@ def test_models_runs_no_float32_graph_under_another_name() -> None:
     ("precision", "refused", "expected"),
     [("fp32", "", "float32"), ("int8", "", "passed"), ("int8", "AUROC fell", "refused")],
 )
-def test_models_says_what_the_gate_said(precision: str, refused: str, expected: str) -> None:
+def test_models_says_what_the_gate_said(precision: Precision, refused: str, expected: str) -> None:
     report = GateReport(
         "openvino", precision, 9, 0, 0.1, 0.01, 1.0, None, None, -0.2, None, None, 1, 1, refused
     )
-    way = models.Way("model.onnx", "openvino", precision, report)  # type: ignore[arg-type]
+    way = models.Way("model.onnx", "openvino", precision, report)
     said = models.judgement(way)
     assert said["gate"] == expected
     assert said.get("refused", "") == refused
     assert said.get("image_auroc_change") == (None if precision == "fp32" else -0.2)
+
+
+def test_precisions_gives_no_figure_for_what_was_not_timed() -> None:
+    with read_engine(ENGINE) as engine:
+        manifest = engine.manifest
+    full = manifest.variants[0]
+    (report,) = (r for r in full.gate if r.runtime == "openvino")
+    timed = [replace(r, ms_batch1=4.0, ms_batch8=2.0) for r in full.gate]
+    refused = replace(report, ms_batch1=0.0, ms_batch8=0.0, refused="too far off")
+    variants = (
+        replace(full, gate=tuple(timed)),
+        replace(full, precision="bf16", gate=(replace(refused, precision="bf16"),)),
+        replace(full, precision="int8", gate=(replace(refused, precision="int8"),)),
+    )
+    told = replace(manifest, variants=variants)
+    rows = precisions.table(told, (None, None, None))
+    named = {(row["runtime"], row["precision"]): row for row in rows}
+    ms = ("ms B1", "ms B8", "x B1", "x B8")
+    one = named["openvino", "fp32"]
+    assert [one[name] for name in ms] == [4.0, 2.0, 1.0, 1.0]
+    shared, absent = named["openvino", "bf16 (refused)"], named["openvino", "int8 (refused)"]
+    assert [row[name] for row in (shared, absent) for name in ms] == [None] * 8
+    # bfloat16 runs the float32 graph; a refused int8 graph is not in the file
+    assert shared["graph MB"] == one["graph MB"] is not None
+    assert absent["graph MB"] is None
+    times = [(kept["ms_batch1"], kept["ms_batch8"]) for kept in precisions.gate(told)]
+    assert times == [(4.0, 2.0)] * len(timed) + [(None, None)] * 2
+
+
+def test_resize_writes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resize, "FRAMES", [(30, 40)])
+    monkeypatch.setattr(resize, "SIDES", [8])
+    monkeypatch.setattr(resize, "ROUNDS", 2)
+    assert resize.main(["--results", str(tmp_path), "--name", "small"]) == 0
+    rows = result(tmp_path, "resize-small")["rows"]
+    assert {row["by"] for row in rows} >= {"Pillow", "fastad"}
+    assert all(row["frame"] == "40x30" and row["p50_ms"] > 0 for row in rows)
+
+
+def test_ops_writes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid_cases, "BENCH", grid_cases.CASES[1:2])
+    threads = torch.get_num_threads()
+    options = ["--op", "grid_interpolate", "--rounds", "2", "--threads", "1"]
+    try:
+        assert ops.main([*options, "--results", str(tmp_path), "--name", "small"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = result(tmp_path, "ops-small")["rows"]
+    assert {row["by"] for row in rows} >= {"eager", "fastad", "onnxruntime", "openvino"}
+    assert all(row["p50_ms"] > 0 for row in rows)
 
 
 def test_distance_to_the_limit_is_time_over_products_at_the_peak() -> None:
@@ -178,46 +248,6 @@ def test_soak_refuses_too_few_samples(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         soak.main(["--frames", "3999"])
     assert "expected at least four samples" in capsys.readouterr().err
-
-
-def test_cold_measures_what_is_given_and_names_what_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = tmp_path / "first.py"
-    script.write_text("import numpy\nprint(numpy.arange(3).sum())\n")
-    options = ["--fastad", sys.executable, "--python", f"numpy={sys.executable}"]
-    options += ["--first", f"numpy={script}", "--processes", "1", "--results", str(tmp_path)]
-    assert cold.main([str(ENGINE), *options]) == 0
-    found = result(tmp_path, "cold")
-    ours, other = found["rows"]
-    assert (ours["package"], other["package"]) == ("fastad", "numpy")
-    numbers = ("MB", "import ms", "ready ms", "first s")
-    assert all(row[name] > 0 for row in (ours, other) for name in numbers)
-    assert ours["again s"] > 0
-    assert other["again s"] is None
-    assert found["package_bytes"]["numpy"]["numpy"] > 1_000_000
-    assert [text.partition(":")[0] for text in found["missing"]] == ["anomalib", "ultralytics"]
-    assert "missing: ultralytics: no --python ultralytics=PYTHON" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--python", "anomalib=/no/such/python"], "expected NAME=FILE, an existing file"),
-        (["--python", sys.executable], "expected NAME=FILE"),
-        (["--first", f"anomalib={ENGINE}"], "--first: no --python for anomalib"),
-    ],
-)
-def test_cold_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cold.main([str(ENGINE), *options])
-    assert message in capsys.readouterr().err
-
-
-def test_cold_refuses_a_missing_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cold.main(["nowhere.engine"])
-    assert "`make demo` writes one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", engines.METHODS)

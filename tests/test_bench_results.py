@@ -94,6 +94,50 @@ def test_table_replaces_what_stood_between_the_markers(tmp_path: Path) -> None:
     assert readme.rendered(made, tmp_path) == made
 
 
+def test_frame_table_stands_beside_what_is_allowed(tmp_path: Path) -> None:
+    told: dict[str, Any] = {
+        "method": "grad",
+        "size": [224, 192],
+        "runtime": "openvino fp32",
+        "over_graph_allowed_ms": 0.3,
+        "rows": [
+            {"input": "graph alone", "over graph": None},
+            {"input": "frame in memory", "over graph": 0.6864},
+        ],
+        "streams": [{"sources": 1}],
+    }
+    timing.write_result("end_to_end", told, results=tmp_path)
+    made = readme.section("end_to_end", tmp_path)
+    assert "takes 0.69 ms over the graph, allowed are 0.30 ms" in made
+
+
+def test_peers_are_compared_at_both_sizes(tmp_path: Path) -> None:
+    times = {
+        place: {"p50_ms": 10.0 * i, "ratio": 2.0 * i, "ours_ratio": 3.0 * i}
+        for i, place in enumerate(("frame", "golden"), 1)
+    }
+    row = {"row": "plain", "network": "grad", "precision": "fp32", **times}
+    timing.write_result("peers", {"rows": [row]}, results=tmp_path)
+    *_, head, _, cells = readme.section("peers", tmp_path).splitlines()
+    named = dict(zip(head.split(" | "), cells.split(" | "), strict=True))
+    assert named["ms, 1920 x 1080"] == "10"
+    assert named["fastad is x as fast, 1920 x 1080"] == "3"
+    assert named["x eager, model size"] == "4"
+    assert named["fastad is x as fast, model size |"] == "6 |"
+
+
+def test_accuracy_is_rounded_once(tmp_path: Path) -> None:
+    row = {
+        "weights": "random",
+        "image AUROC": 0.8785,
+        "pixel AUROC": 0.6795,
+        "categories": {"a": [0.878516, None], "b": [0.878516, 0.679546]},
+    }
+    timing.write_result("accuracy", {"data": "toy", "rows": [row]}, results=tmp_path)
+    made = readme.section("accuracy", tmp_path)
+    assert "| 0.879 |" in made and "| 0.68 |" in made
+
+
 def test_changed_result_puts_the_readme_out_of_step(tmp_path: Path) -> None:
     text = "<!-- bench:cold -->\n<!-- end -->\n"
     timing.write_result("cold", document(), results=tmp_path)

@@ -20,7 +20,7 @@ from originals import (
 )
 
 from fastad.errors import InputError
-from fastad.training.cifar import read_class_set
+from fastad.training.cifar import ClassSetName, read_class_set
 
 
 @pytest.mark.parametrize("form", ["python", "binary", "python-archive", "binary-archive"])
@@ -49,8 +49,8 @@ def test_test_batches_are_what_the_publishers_routine_reads() -> None:
 
 @pytest.mark.parametrize("is_gz", [True, False], ids=["gz", "plain"])
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_idx_sets_read_packed_and_unpacked(tmp_path: Path, name: str, is_gz: bool) -> None:
-    found = read_class_set(name, save_idx(tmp_path, is_gz))  # type: ignore[arg-type]
+def test_idx_sets_read_packed_and_unpacked(tmp_path: Path, name: ClassSetName, is_gz: bool) -> None:
+    found = read_class_set(name, save_idx(tmp_path, is_gz))
     assert np.array_equal(found.train.images, IDX_IMAGES[:20])
     assert np.array_equal(found.test.labels, IDX_LABELS[20:])
 
@@ -166,10 +166,10 @@ def test_truncated_gz_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_missing_originals_name_place_and_source(
-    tmp_path: Path, name: str, place: str, source: str
+    tmp_path: Path, name: ClassSetName, place: str, source: str
 ) -> None:
     with pytest.raises(InputError, match=rf"{tmp_path}.*{place}.*{source}"):
-        read_class_set(name, tmp_path)  # type: ignore[arg-type]
+        read_class_set(name, tmp_path)
 
 
 def test_one_missing_batch_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import interrupts
 import numpy as np
@@ -20,6 +21,8 @@ import pytest
 import yaml
 from PIL import Image
 from textures import CATEGORIES, CONFIG, COUNTS, H, Outcome, Textures, W
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from fastad import Prediction, Predictor
 from fastad.cli import app
@@ -27,15 +30,15 @@ from fastad.engine.container import read_engine
 from fastad.sinks import unique_names
 
 Cli = Callable[..., Outcome]
-COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+COMMANDS = list(cast(TyperGroup, get_command(app)).commands)
 NEEDED = "train calibrate export predict evaluate verify info doctor"
 
 
-def fastad(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+def fastad(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "fastad", *map(str, args)]
-    settings: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run(command, text=True, timeout=120, **(settings | options))  # type: ignore[call-overload,no-any-return]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(command, text=True, timeout=120, **(streams | options))
 
 
 def flat(text: str) -> str:

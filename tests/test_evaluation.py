@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -60,12 +60,16 @@ def f1max(truth: NDArray[Any], scores: NDArray[Any]) -> float:
 @pytest.mark.parametrize("resolution", ["model", "original"])
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_figures_equal_those_of_scikit_learn(
-    texture_engine: Path, textures: Textures, predictor: Predictor, category: str, resolution: str
+    texture_engine: Path,
+    textures: Textures,
+    predictor: Predictor,
+    category: str,
+    resolution: Literal["model", "original"],
 ) -> None:
     found = evaluate(
         texture_engine,
         textures.root,
-        resolution=resolution,  # type: ignore[arg-type]
+        resolution=resolution,
     )
     row = row_of(found, category)
     paths = list(samples(textures.root, category))
@@ -208,10 +212,10 @@ def test_refuses_arguments(
     "arguments", [{"runtime": "openvino"}, {"precision": "bf16"}, {"device": "cuda"}]
 )
 def test_a_checkpoint_runs_on_pytorch_only(
-    texture_run: Path, textures: Textures, arguments: dict[str, str]
+    texture_run: Path, textures: Textures, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match="a checkpoint runs on pytorch in fp32 on the CPU only"):
-        evaluate(texture_run, textures.root, **arguments)  # type: ignore[arg-type]
+        evaluate(texture_run, textures.root, **arguments)
 
 
 def test_masks_of_another_size_are_named(texture_engine: Path, data: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -435,10 +436,10 @@ def test_wide_images_take_the_declared_range(tmp_path: Path) -> None:
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_rejects_arguments_before_the_first_batch(
-    nuts: tuple[Sample, ...], arguments: dict[str, object]
+    nuts: tuple[Sample, ...], arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match="expected"):
-        load_images(nuts, **{"size": (8, 8), **arguments})  # type: ignore[arg-type]
+        load_images(nuts, **{"size": (8, 8), **arguments})
 
 
 def test_batches_do_not_share_memory(nuts: tuple[Sample, ...]) -> None:

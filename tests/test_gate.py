@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,8 +74,8 @@ def test_passes_at_its_limits(report: GateReport, images: GateImages) -> None:
         ({"false_alarm_rate": 0.11}, "11.00% false alarms on 74 normal images"),
     ],
 )
-def test_refuses_labelled(change: dict[str, float], sentence: str) -> None:
-    refused = judge(replace(FINE, **change), Limits(), LABELLED).refused  # type: ignore[arg-type]
+def test_refuses_labelled(change: dict[str, Any], sentence: str) -> None:
+    refused = judge(replace(FINE, **change), Limits(), LABELLED).refused
     assert refused.startswith(sentence)
 
 
@@ -97,9 +98,9 @@ FAR = replace(FINE, map_mean=0.5, score_rank_correlation=0.1)
     ],
 )
 def test_labels_replace_only_the_rule_they_judge(
-    change: dict[str, None], images: GateImages, sentence: str
+    change: dict[str, Any], images: GateImages, sentence: str
 ) -> None:
-    refused = judge(replace(FAR, **change), Limits(), images).refused  # type: ignore[arg-type]
+    refused = judge(replace(FAR, **change), Limits(), images).refused
     assert refused.startswith(sentence)
     assert bool(refused) == bool(sentence)
 
@@ -123,8 +124,8 @@ def test_few_labels_may_lose_one_pair(
         ({"map_mean": float("nan")}, "maps differ by"),
     ],
 )
-def test_refuses_without_labels(change: dict[str, float], sentence: str) -> None:
-    changed = replace(UNLABELLED, **change)  # type: ignore[arg-type]
+def test_refuses_without_labels(change: dict[str, Any], sentence: str) -> None:
+    changed = replace(UNLABELLED, **change)
     assert judge(changed, Limits(), seen()).refused.startswith(sentence)
 
 
@@ -193,6 +194,26 @@ def test_float32_runs_once_for_all_trials() -> None:
     own = measure(full, reference, 4.5)
     assert measure(Arithmetic(0.5), reference, 4.5).map_mean > own.map_mean == 0.0
     assert (runs, full.runs) == (3, 3)
+
+
+def test_float32_loses_nothing_and_its_metrics_are_not_computed_again(
+    textures: Textures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = scan(textures.root).test
+    full, images = Arithmetic(), load_gate_images(tested[:0], tested, InputSpec((64, 64)))
+    reference = refer(full, images)
+    twin = measure(Arithmetic(), reference, 2.5)
+    monkeypatch.setattr("fastad.export.gate.PixelMetrics", None)
+    assert measure(full, reference, 2.5) == twin
+    assert measure(full, reference, 2.5, Limits()) == twin
+    assert (twin.aupro_change, twin.map_max, twin.score_rank_correlation) == (0.0, 0.0, 1.0)
+    assert twin.false_alarm_rate is not None
+
+
+def test_float32_that_is_not_finite_is_refused() -> None:
+    full = Arithmetic(float("nan"))
+    report = measure(full, refer(full, ramp(9)), threshold=4.5)
+    assert report.refused == "some outputs are NaN or infinite"
 
 
 def test_test_images_do_not_hide_the_order_of_the_normal_ones() -> None:

@@ -6,6 +6,7 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import golden_state
 import numpy as np
@@ -26,15 +27,15 @@ from fastad.training.import_checkpoint.uniad import uniad_from_authors
 @pytest.fixture
 def easydict(monkeypatch: pytest.MonkeyPatch) -> type:
     """A class that pickles as the authors' configuration objects do."""
-    module = types.ModuleType("easydict")
+    module: Any = types.ModuleType("easydict")
 
-    class EasyDict(dict):  # type: ignore[type-arg]
+    class EasyDict(dict[str, object]):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)
             self.__dict__ = dict(self)
 
     EasyDict.__module__, EasyDict.__qualname__ = "easydict", "EasyDict"
-    module.EasyDict = EasyDict  # type: ignore[attr-defined]
+    module.EasyDict = EasyDict
     monkeypatch.setitem(sys.modules, "easydict", module)
     return EasyDict
 

@@ -9,7 +9,7 @@ from originals import CIFAR_IMAGES, CIFAR_LABELS, IDX_IMAGES, idx, save, save_ci
 from PIL import Image
 
 from fastad.errors import FastadWarning, InputError
-from fastad.preprocess import read_image
+from fastad.images import read_image
 from fastad.training.cifar import CLASSES
 from fastad.training.folder import load_images, scan
 from fastad.training.materialise import materialise

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -63,9 +64,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return seen
 
 
-def run(graph_: bytes, **settings: object) -> NDArray[np.float32]:
+def run(graph_: bytes, **settings: Any) -> NDArray[np.float32]:
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(1, 8, 8, 3)
-    runtime = OpenVINORuntime(graph_, settings.pop("precision", "fp32"), 1, **settings)  # type: ignore[arg-type]
+    runtime = OpenVINORuntime(graph_, settings.pop("precision", "fp32"), 1, **settings)
     try:
         return runtime.run(image)[0]
     finally:

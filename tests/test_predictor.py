@@ -77,7 +77,7 @@ def to_tensor(rgb: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
-FORMS: dict[str, tuple[Callable[[Path, NDArray[np.uint8]], object], dict[str, str]]] = {
+FORMS: dict[str, tuple[Callable[[Path, NDArray[np.uint8]], object], dict[str, Any]]] = {
     "str": (lambda path, _: str(path), {}),
     "path": (lambda path, _: path, {}),
     "pil": (lambda path, _: Image.open(path), {}),
@@ -97,7 +97,7 @@ def test_one_image_in_any_form_gives_one_equal_prediction(
 ) -> None:
     make, arguments = FORMS[form]
     expected = one(predictor.predict(image))
-    found = one(predictor.predict(make(image, pixels), **arguments))  # type: ignore[arg-type]
+    found = one(predictor.predict(make(image, pixels), **arguments))
     assert found.raw_score == expected.raw_score
     assert found.orig_shape == (H, W)
     np.testing.assert_array_equal(found.model_map, expected.model_map)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,10 +44,11 @@ CONFIG = {
 }
 
 
-def recipe(**changes: object) -> Recipe:
-    settings = {"epochs": 4, "batch": 4, "lr": 1e-3, "groups": {"grid_lr": 0.1}, "holdout": 0.25}
-    settings |= {"weight_decay": 0.01, "gradient_clip": 0.1, "step_epochs": 2, "seed": 3}
-    return Recipe("grad", TrainSettings(**(settings | changes)), CONFIG)  # type: ignore[arg-type]
+def recipe(**changes: Any) -> Recipe:
+    settings: dict[str, Any] = {"epochs": 4, "batch": 4, "lr": 1e-3, "groups": {"grid_lr": 0.1}}
+    settings |= {"holdout": 0.25, "weight_decay": 0.01, "gradient_clip": 0.1}
+    settings |= {"step_epochs": 2, "seed": 3}
+    return Recipe("grad", TrainSettings(**(settings | changes)), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -382,14 +384,28 @@ def test_file_cache_needs_no_fallocate(
 
 
 @pytest.mark.parametrize(
-    ("limit", "used", "expected"),
-    [("1000000", "400000", 600000), ("1000000", "1200000", 0), ("max", "1", None)],
+    ("limit", "used", "stat", "expected"),
+    [
+        ("1000000", "400000", None, 600000),
+        ("1000000", "400000", "anon 50000\ninactive_file 300000\nactive_file 7", 900000),
+        ("1000000", "1200000", "inactive_file 100000", 0),
+        ("1000000", "400000", "anon 50000", 600000),
+        ("max", "1", "inactive_file 0", None),
+    ],
+    ids=["without-stat", "page-cache", "full", "stat-without-files", "no-limit"],
 )
 def test_memory_of_a_container_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: str, expected: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    used: str,
+    stat: str | None,
+    expected: int | None,
 ) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{used}\n")
+    if stat is not None:
+        (tmp_path / "memory.stat").write_text(f"{stat}\n")
     monkeypatch.setattr(features_module, "CGROUP", tmp_path)
     monkeypatch.setattr(features_module, "_system_free_bytes", lambda: 1 << 40)
     assert free_memory_bytes() == (1 << 40 if expected is None else expected)

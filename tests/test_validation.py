@@ -34,9 +34,14 @@ class Ones:
         return torch.ones(len(indices), 3, 2, 2)
 
 
-def run(losses: list[float], patience: int) -> tuple[Validation, Scripted, int]:
+def validate(patience: int) -> Validation:
+    images: Any = Ones()
+    return Validation(images, batch=2, patience=patience)
+
+
+def run(losses: list[float], patience: int) -> tuple[Validation, Any, int]:
     """Validate after each epoch until it stops; the number of epochs it took."""
-    validation = Validation(Ones(), batch=2, patience=patience)  # type: ignore[arg-type]
+    validation = validate(patience)
     method: Any = Scripted()
     trainer: Any = SimpleNamespace(should_stop=False)
     module: Any = SimpleNamespace(method=method, device=torch.device("cpu"))
@@ -53,7 +58,7 @@ def run(losses: list[float], patience: int) -> tuple[Validation, Scripted, int]:
 def test_stops_when_patience_ends_and_restores_the_best_epoch() -> None:
     validation, method, epochs = run([5.0, 3.0, 4.0, 3.5, 1.0], patience=2)
     assert epochs == 4
-    validation.restore(method)  # type: ignore[arg-type]
+    validation.restore(method)
     assert method.weight.item() == 3.0
 
 
@@ -64,8 +69,8 @@ def test_a_better_epoch_renews_patience() -> None:
 
 def test_state_survives_a_kill() -> None:
     validation, method, _ = run([5.0, 3.0, 4.0], patience=9)
-    again = Validation(Ones(), batch=2, patience=9)  # type: ignore[arg-type]
+    again = validate(9)
     again.load_state(*validation.state())
     assert (again.best_loss, again.waited) == (3.0, 1)
-    again.restore(method)  # type: ignore[arg-type]
+    again.restore(method)
     assert method.weight.item() == pytest.approx(3.0)

@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         "peer_packages": packages,
         "rows": [result(row.name, found, loaded) for row in chosen],
     }
-    suite = f"peers-{options.name or spec.method}"
+    suite = timing.suite("peers", options.name or spec.method)
     print(timing.write_result(suite, payload, about=about, results=options.results))
     return 0
 

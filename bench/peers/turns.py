@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from bench import timing
 from bench.peers.process import WorkerError
 
 
@@ -72,11 +73,10 @@ def summary(
     ``ratio`` is how many times as fast as the baseline the row is, ``ours_ratio`` how many times
     as fast as the row ours is. Ratios are of medians within a round, and of those the median.
     """
-    times_ms = sorted(time_ms for turn in turns for time_ms in turn)
-    rank = -(-90 * len(times_ms) // 100)  # nearest rank: a time that was measured
+    times_ms = [time_ms for turn in turns for time_ms in turn]
     return {
         "p50_ms": statistics.median(times_ms),
-        "p90_ms": times_ms[rank - 1],
+        "p90_ms": timing.percentile(times_ms, 90),
         "runs": len(times_ms),
         "ratio": None if baseline is None else _speed(turns, baseline),
         "ours_ratio": None if ours is None else _speed(ours, turns),

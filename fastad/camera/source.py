@@ -27,7 +27,9 @@ from PIL import Image
 
 from fastad.camera.events import Taken, Unreadable
 from fastad.errors import FastadError, InputError, UnsupportedError
-from fastad.preprocess import IMAGE_SUFFIXES, Color, Source, ValueRange, collect, expand
+from fastad.images import IMAGE_SUFFIXES, expand
+from fastad.levels import ValueRange
+from fastad.preprocess import Color, Source, collect
 
 if TYPE_CHECKING:
     from av.container import InputContainer

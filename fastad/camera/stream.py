@@ -8,36 +8,31 @@ camera's older frames, which are counted, and makes files wait.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from fastad.camera.events import Entry, Mailbox, Shot, StreamEvent, StreamResult
-from fastad.camera.source import AnySource, LostError, open_sources
+from fastad.camera.events import Entry, Shot, StreamEvent, StreamResult
+from fastad.camera.readers import Batches, Reader
+from fastad.camera.source import open_sources
 from fastad.errors import InputError
-from fastad.inspected import Area
 from fastad.pending import Workers
 from fastad.prediction import Prediction
-from fastad.preprocess import Color, ValueRange
+from fastad.request import Options, Request, check_options
 
 if TYPE_CHECKING:
     from fastad.look import Frames
-    from fastad.predictor import Predictor, Request
+    from fastad.predictor import Predictor
 
 log = logging.getLogger(__name__)
 
 QUEUE = 8  # frames; 50 MB of 1080p
-FIRST_PAUSE_S = 0.25  # before the first attempt to reconnect; each further pause is twice as long
-CLOSE_S = 1.0  # how long closing waits for readers; one inside FFmpeg follows at its timeout
 
 OnEvent = Callable[[StreamEvent], object]
 
@@ -48,19 +43,12 @@ def stream(
     *,
     every: bool = False,
     queue: int = QUEUE,
-    threshold: float | None = None,
-    color: Color = "rgb",
-    category: str | None = None,
-    value_range: ValueRange | None = None,
-    tile: tuple[int, int] | int | None = None,
-    overlap: float = 0.25,
-    region: Area | None = None,
-    ignore: Area | None = None,
     batch: int | None = None,
     stall_s: float = 2.0,
     reconnect_s: float | None = 2.0,
     on_event: OnEvent | None = None,
     events: bool = False,
+    **options: Unpack[Options],
 ) -> Generator[StreamResult | StreamEvent]:
     """Look at frames as they come, with bounded memory; the `predictor` stays the caller's.
 
@@ -86,14 +74,6 @@ def stream(
         every: Also a live source queues its frames, and drops the oldest of a full queue.
         queue: Frames of each source that may wait or run ahead of the caller, for finite sources
             and with ``every``; at least one waits beside those that run.
-        threshold: As in `predict`.
-        color: As in `predict`, for the arrays of iterables.
-        category: As in `predict`.
-        value_range: As in `predict`, and for gray videos with more than 8 bits.
-        tile: As in `predict`.
-        overlap: As in `predict`.
-        region: As in `predict`; a frame that it does not fit ends the stream.
-        ignore: As in `predict`.
         batch: Frames that run together at most, of those that wait already; None takes the number
             of sources.
         stall_s: Seconds without a frame after which a live source counts as stalled.
@@ -101,6 +81,9 @@ def stream(
         on_event: Called with each `StreamEvent`, in the caller's thread and in order with the
             results. None logs them.
         events: Yield the events among the results instead.
+        options: As in `predict`. ``color`` is that of the arrays of iterables; ``value_range`` is
+            for gray videos with more than 8 bits too; a frame that ``region`` or ``ignore`` does
+            not fit ends the stream.
 
     Yields:
         `StreamResult`, in order for each source; with ``events`` also `StreamEvent`.
@@ -120,16 +103,8 @@ def stream(
     if events and on_event:
         raise InputError("events: expected either events=True or on_event, got both")
     predictor._check_open()
-    request = predictor.request(
-        threshold=threshold,
-        category=category,
-        tile=tile,
-        overlap=overlap,
-        region=region,
-        ignore=ignore,
-    )
-    declared = value_range or predictor.manifest.spec.input.value_range
-    sources = open_sources(source, color, declared, stall_s)
+    request = check_options(predictor.manifest, **options)
+    sources = open_sources(source, request.color, request.value_range, stall_s)
     size = batch or len(sources)
     newest = any(each.live for each in sources) and not every
     ahead = 0 if newest else predictor.runs_at_once
@@ -140,158 +115,14 @@ def stream(
         Reader(each, 1 if each.live and not every else waiting, bell, reconnect_s)
         for each in sources
     ]
-    batches = _Batches(readers, bell, size, stall_s)
+    batches = Batches(readers, bell, size, stall_s)
     tell = None if events else on_event or _Log()
     return _results(predictor, batches, request, tell, ahead)
 
 
-class Reader:
-    """Reads one source into its mailbox, on a daemon thread that it owns from start to stop."""
-
-    def __init__(
-        self,
-        source: AnySource,
-        capacity: int,
-        bell: threading.Condition,
-        reconnect_s: float | None,
-    ) -> None:
-        self.source = source
-        self.mailbox = Mailbox(
-            source.name, capacity, live=source.live, steady=source.steady, bell=bell
-        )
-        self._reconnect_s = reconnect_s
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Begin to read."""
-        self.mailbox.begin()
-        name = f"fastad reader of {self.source.name}"
-        self._thread = threading.Thread(target=self._read, name=name, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ask the thread to end, without waiting for it."""
-        self._stopping.set()
-        self.mailbox.close()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait for the thread."""
-        if self._thread and self._thread is not threading.current_thread():
-            self._thread.join(max(timeout_s, 0.0))
-
-    def _read(self) -> None:
-        try:
-            self._read_while_wanted()
-        except BaseException as error:
-            self.mailbox.fail(error)
-        finally:
-            self.mailbox.end()
-
-    def _read_while_wanted(self) -> None:
-        pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                # Leaving closes the file or connection here, in the thread that reads it.
-                with closing(self.source.frames()) as frames:
-                    for item in frames:
-                        if not self.mailbox.put(item):
-                            return
-                        pause_s = FIRST_PAUSE_S
-                reason = "the connection ended"  # FFmpeg ends so when the server goes away
-            except LostError as error:
-                reason = str(error)
-                if not self.source.live:
-                    self.mailbox.unreadable(reason)
-            if not self.source.live:
-                return
-            if self._reconnect_s is None:
-                self.mailbox.stall(reason)
-                return
-            self.mailbox.stall(f"{reason}; trying again every {self._reconnect_s:g} s")
-            if self._stopping.wait(min(pause_s, self._reconnect_s)):
-                return
-            pause_s *= 2
-
-
-class _Batches:
-    """Takes what waits in the mailboxes, in turn; owns the readers between start and stop."""
-
-    def __init__(
-        self, readers: list[Reader], bell: threading.Condition, size: int, stall_s: float
-    ) -> None:
-        self._readers, self._bell, self._size, self._stall_s = readers, bell, size, stall_s
-        self._first = 0
-
-    def start(self) -> None:
-        _running.add(self)
-        for reader in self._readers:
-            reader.start()
-
-    def stop(self) -> None:
-        """Stop all readers and wait up to `CLOSE_S` for them."""
-        for reader in self._readers:
-            reader.stop()
-        deadline = time.monotonic() + CLOSE_S
-        for reader in self._readers:
-            reader.join(deadline - time.monotonic())
-        _running.discard(self)
-
-    def next(self, *, wait: bool = True) -> list[Entry]:
-        """What came since, at most ``size`` frames; waits for something; empty after the end.
-
-        Without ``wait`` also empty if nothing came.
-        """
-        with self._bell:
-            while True:
-                ended = all(reader.mailbox.ended for reader in self._readers)
-                found = self._take()
-                if found or ended or not wait:
-                    return found
-                self._bell.wait(self._until_stall())
-
-    def _take(self) -> list[Entry]:
-        found: list[Entry] = []
-        frames = 0
-        boxes = [reader.mailbox for reader in self._readers]
-        boxes = boxes[self._first :] + boxes[: self._first]
-        self._first = (self._first + 1) % len(boxes)  # no source is always served first
-        while frames < self._size and boxes:
-            for box in list(boxes):
-                entry = box.take() if frames < self._size else None
-                if entry is None:
-                    boxes.remove(box)
-                else:
-                    found.append(entry)
-                    frames += isinstance(entry, Shot)
-        return found
-
-    def _until_stall(self) -> float:
-        """Note the stalls that are due; seconds until the next one can be."""
-        until_s = 1.0
-        for box in (reader.mailbox for reader in self._readers):
-            silent_s = box.silent_s()
-            if silent_s is not None and silent_s >= self._stall_s:
-                box.stall(f"no frame for {silent_s:.1f} s")
-                until_s = 0.0
-            elif silent_s is not None:
-                until_s = min(until_s, self._stall_s - silent_s)
-        return until_s
-
-
-# Streams that run: the end of the program stops what a module still holds.
-_running: weakref.WeakSet[_Batches] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_all() -> None:
-    for batches in list(_running):
-        batches.stop()
-
-
 def _results(
     predictor: Predictor,
-    batches: _Batches,
+    batches: Batches,
     request: Request,
     tell: OnEvent | None,
     ahead: int,
@@ -337,7 +168,7 @@ class _Line:
     """
 
     def __init__(
-        self, predictor: Predictor, batches: _Batches, request: Request, ahead: int
+        self, predictor: Predictor, batches: Batches, request: Request, ahead: int
     ) -> None:
         self._predictor, self._batches, self._request = predictor, batches, request
         self._ahead = ahead

@@ -144,7 +144,7 @@ class ONNXRuntimeCUDA:
         except Exception as captured:  # its exception classes live in a private module
             try:
                 session = self._session_with(graph, cuda_graph=False)
-            except Exception as error:  # as above
+            except Exception as error:  # one of the same private classes
                 raise EngineError(f"onnxruntime: refuses the graph: {error}") from error
             warnings.warn(
                 f"onnxruntime: runs without a CUDA graph, each kernel is launched by itself: "

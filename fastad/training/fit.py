@@ -222,9 +222,9 @@ def _split_validation(
     if not settings.validation_fraction:
         return fit, []
     rest, kept = split_holdout(fit, settings.validation_fraction, settings.seed + 1)
-    chosen = set(_spread(len(kept), VALIDATION_MOST))  # they come category by category
+    chosen = _spread(len(kept), VALIDATION_MOST)  # they come category by category
     back = [sample for i, sample in enumerate(kept) if i not in chosen]
-    return [*rest, *back], [kept[i] for i in sorted(chosen)]
+    return [*rest, *back], [kept[i] for i in chosen]
 
 
 def _spread(n: int, most: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Images and labels on disk: which layout a folder has, and what each file in it means.
 
-Needs no torch. Pixels come through `fastad.preprocess`, as they do in the predictor.
+Needs no torch. Pixels come through `fastad.images` and `fastad.preprocess`, as in the predictor.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastad.errors import InputError
-from fastad.preprocess import (
+from fastad.images import (
     IMAGE_SUFFIXES,
-    Frame,
-    ValueRange,
-    check_value_range,
     image_size,
     list_images,
     natural_key,
     read_image,
     read_levels,
-    to_batch,
 )
+from fastad.levels import ValueRange, check_value_range
+from fastad.preprocess import Frame, to_batch
 
 Layout = Literal["mvtec", "category", "plain", "visa"]
 

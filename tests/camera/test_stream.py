@@ -25,7 +25,8 @@ from textures import Textures
 
 from fastad import Prediction, Predictor, load
 from fastad.camera.events import StreamEvent, StreamResult
-from fastad.camera.stream import CLOSE_S, stream
+from fastad.camera.readers import CLOSE_S
+from fastad.camera.stream import stream
 from fastad.errors import InputError
 
 # Batches of other sizes sum in another order, as in test_predictor.py.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from gated import LONG_S, GatedRuntime, comes_true, threads_named
 from loopback import H, W, picture
 from numpy.typing import NDArray
 
-from fastad import Predictor, feed
+from fastad import Predictor
+from fastad.camera import readers
 from fastad.camera import stream as module
 from fastad.camera.events import StreamResult, Taken
 from fastad.camera.stream import stream
@@ -23,21 +24,10 @@ from fastad.preprocess import Source
 
 
 @pytest.fixture
-def runtime() -> GatedRuntime:
-    return GatedRuntime()
-
-
-@pytest.fixture
-def opened(predictor: Predictor, runtime: GatedRuntime) -> Iterator[Predictor]:
-    with Predictor(predictor.manifest, runtime) as opened:
-        yield opened
-
-
-@pytest.fixture
 def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that always has the next frame, however busy the machine is."""
-    taken = module._Batches.next
-    monkeypatch.setattr(module._Batches, "next", lambda self, *, wait=True: taken(self))
+    taken = readers.Batches.next
+    monkeypatch.setattr(readers.Batches, "next", lambda self, *, wait=True: taken(self))
 
 
 def shown(results: Any) -> list[int]:
@@ -56,10 +46,8 @@ def test_the_next_batch_runs_while_the_caller_works(
 
 
 def test_a_batch_is_resized_while_another_is_in_the_graph(
-    opened: Predictor, runtime: GatedRuntime, prompt: None, monkeypatch: pytest.MonkeyPatch
+    opened: Predictor, runtime: GatedRuntime, prompt: None, resized: list[int]
 ) -> None:
-    resized, to_batch = [], feed.to_batch
-    monkeypatch.setattr(feed, "to_batch", lambda *args: (resized.append(1), to_batch(*args))[1])
     pulled = itertools.count()
     results = stream(opened, (picture(next(pulled)) for _ in range(9)))
     next(results)

@@ -107,7 +107,7 @@ def test_names_are_members() -> None:
         ({"settings": BuildSettings(max_batch=0)}, InputError, "max_batch: expected 1 to 1024"),
         ({"settings": BuildSettings(level=6)}, InputError, "level: expected 0 to 5, got 6"),
         (
-            {"settings": BuildSettings(hardware="any")},  # type: ignore[arg-type]
+            {"settings": BuildSettings(hardware="any")},  # type: ignore[arg-type]  # refused
             InputError,
             "hardware: expected exact, same-capability, ampere-plus, got 'any'",
         ),

@@ -22,8 +22,7 @@ from fastad.errors import EngineError, InputError
 
 H, W, MAX_BATCH = 4, 6, 5
 PLAN = Plan(
-    *("plans/a.plan", "model.onnx", "aa", "fp16", "GPU", (9, 0), "11.4"),
-    *("exact", False, MAX_BATCH, ()),  # type: ignore[arg-type]
+    "plans/a.plan", "model.onnx", "aa", "fp16", "GPU", (9, 0), "11.4", "exact", False, MAX_BATCH, ()
 )
 captures: list[int] = []  # batch of every capture
 contexts: list[Any] = []
