@@ -26,12 +26,14 @@ from fastad.spec import Calibration, Threshold
 __all__ = [
     "at",
     "calibrate",
+    "check_count",
     "conformal_rank",
     "false_alarm_interval",
     "false_alarm_refusal",
     "heat_map_scale",
     "needed_count",
     "pred_score",
+    "threshold_at",
 ]
 
 # Share of the spread between median and k-th score; runtimes differ by about 1e-6 of a map's range.
@@ -68,6 +70,38 @@ def needed_count(false_alarm_rate: float) -> int:
     return math.ceil((1 - rate) / rate)  # smallest n with rank <= n
 
 
+def check_count(count: int, false_alarm_rate: float) -> None:
+    """Refuse a rate that ``count`` held-out normal images cannot support.
+
+    Raises:
+        InputError: they are too few, or the rate is outside (0, 1).
+    """
+    needed = needed_count(false_alarm_rate)
+    if needed <= count:
+        return
+    way_out = "add normal images"
+    if count > 0:
+        smallest = f"{_smallest_rate(count)} (the smallest rate that {count} support)"
+        way_out += f" or pass --false-alarm-rate {smallest}"
+    raise InputError(
+        f"false_alarm_rate: {float(false_alarm_rate):g} needs at least {needed} held-out "
+        f"normal images, got {count}; {way_out}"
+    )
+
+
+def threshold_at(raw_score: NDArray[np.float64], false_alarm_rate: float) -> Threshold:
+    """The threshold of normal images' finite raw scores [N]; `check_count` has passed N.
+
+    Raises:
+        InputError: the rate is outside (0, 1).
+    """
+    k = conformal_rank(len(raw_score), false_alarm_rate)
+    kth, median = float(np.sort(raw_score)[k - 1]), float(np.median(raw_score))
+    # Anything at or above the k-th score keeps the promise. Exactly there, the rounding of another
+    # runtime would turn the image that set the threshold into an alarm.
+    return Threshold(kth + ROUNDING_ROOM * (kth - median), median, len(raw_score))
+
+
 def calibrate(
     raw_score: NDArray[np.floating[Any]],  # [N], of normal images that training never saw
     category: Sequence[str],  # [N]
@@ -90,7 +124,6 @@ def calibrate(
         InputError: the sample is too small for the rate, lengths differ, a score is NaN or
             infinite, or the scale is not rising.
     """
-    needed = needed_count(false_alarm_rate)
     if raw_score.ndim != 1 or raw_score.dtype.kind != "f" or len(category) != len(raw_score):
         got = f"{raw_score.dtype} {list(raw_score.shape)} with {len(category)} categories"
         raise InputError(f"raw_score: expected float [N] with N categories, got {got}")
@@ -98,16 +131,8 @@ def calibrate(
     low, high = float(map_scale[0]), float(map_scale[1])
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"map_scale: expected finite low < high, got ({low}, {high})")
-    N = len(raw_score)
-    if needed > N:
-        way_out = "add normal images"
-        if N > 0:
-            smallest = f"{_smallest_rate(N)} (the smallest rate that {N} support)"
-            way_out += f" or pass --false-alarm-rate {smallest}"
-        raise InputError(
-            f"false_alarm_rate: {float(false_alarm_rate):g} needs at least {needed} held-out "
-            f"normal images, got {N}; {way_out}"
-        )
+    check_count(len(raw_score), false_alarm_rate)
+    needed = needed_count(false_alarm_rate)
     scores = raw_score.astype(np.float64)
     names = np.asarray(category, dtype=object)
     per_category: dict[str, Threshold] = {}
@@ -117,10 +142,10 @@ def calibrate(
         if len(own) < needed:
             uncovered.append(name)
         else:
-            per_category[name] = _threshold(own, false_alarm_rate)
+            per_category[name] = threshold_at(own, false_alarm_rate)
     return Calibration(
         false_alarm_rate=float(false_alarm_rate),
-        pooled=_threshold(scores, false_alarm_rate),
+        pooled=threshold_at(scores, false_alarm_rate),
         per_category=per_category,
         map_scale=(low, high),
         uncovered=tuple(uncovered),
@@ -254,14 +279,6 @@ def _lower_limit(k: int, n: int, tail: float) -> float:
             low = p
         else:
             high = p
-
-
-def _threshold(scores: NDArray[np.float64], false_alarm_rate: float) -> Threshold:
-    k = conformal_rank(len(scores), false_alarm_rate)
-    kth, median = float(np.sort(scores)[k - 1]), float(np.median(scores))
-    # Anything at or above the k-th score keeps the promise. Exactly there, the rounding of another
-    # runtime would turn the image that set the threshold into an alarm.
-    return Threshold(kth + ROUNDING_ROOM * (kth - median), median, len(scores))
 
 
 def _spread(value: float, median: float) -> float:

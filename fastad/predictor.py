@@ -28,7 +28,7 @@ from fastad.pending import Workers
 from fastad.prediction import Prediction
 from fastad.preprocess import Color, Source, collect
 from fastad.request import Options, Request, check_options
-from fastad.spec import Manifest
+from fastad.spec import Manifest, Threshold
 
 if TYPE_CHECKING:
     from fastad.camera.events import StreamEvent, StreamResult
@@ -119,9 +119,8 @@ class Predictor:
                 each at its own input size, so the model's size means full resolution. The raw score
                 is the largest of the tiles' own; an image that one tile covers is seen as without.
                 Thresholds were calibrated on whole images, and a maximum over many tiles is higher:
-                pass ``threshold=`` with it, for example the ``pooled.value`` that
-                `fastad.calibration.calibrate` finds from raw scores of normal images, made with the
-                same tile. Without one a `FastadWarning` says so. `fastad.tiling` states the memory.
+                pass ``threshold=`` with it, which `find_threshold` finds with the same tile.
+                Without one a `FastadWarning` says so. `fastad.tiling` states the memory.
             overlap: Least share, 0..0.9, of a tile that its neighbour sees too.
             region: What counts, all by default: a bool mask [H, W], the path of a mask image, or a
                 list of boxes (x0, y0, x1, y1) and polygons [(x, y), ...], in pixels of the original
@@ -179,6 +178,48 @@ class Predictor:
         request = check_options(self.manifest, **options)
         sources, _ = self._collect(images, request)
         return self._iterate(sources, request, on_unreadable)
+
+    def find_threshold(
+        self,
+        images: object,
+        *,
+        false_alarm_rate: float = 0.01,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Threshold:
+        """The ``threshold=`` for calls with these options, from normal images.
+
+        What an engine carries was found on whole images. Tiles, a region or another camera change
+        the raw scores, and so the threshold that keeps the false-alarm rate. The rule is that of
+        `fastad.calibration`: of new normal images from the same line, seen with the same options,
+        at most this share is called anomalous.
+
+        Args:
+            images: Normal images that training never saw, as in `predict`.
+            false_alarm_rate: Largest accepted share, in (0, 1), of normal images called anomalous;
+                0.01 needs 99 images.
+            progress: Called with the number of images done and of all.
+            options: As in `predict`, without ``threshold``.
+
+        Returns:
+            Its ``value`` is the threshold, in units of the raw score.
+
+        Raises:
+            InputError: as in `predict`; or the images are too few for the rate, before any runs.
+            EngineError, UnsupportedError: as in `predict`.
+        """
+        if options.get("threshold") is not None:
+            raise InputError("threshold: it is what is looked for; leave it out")
+        # Any value does, and none would warn of tiles: scores do not depend on it.
+        request = check_options(self.manifest, **(options | {"threshold": 0.0}))
+        sources, _ = self._collect(images, request)
+        calibration.check_count(len(sources), false_alarm_rate)
+        scores = []
+        for prediction in self._iterate(sources, request, None):
+            scores.append(prediction.raw_score)
+            if progress:
+                progress(len(scores), len(sources))
+        return calibration.threshold_at(np.array(scores), false_alarm_rate)
 
     def submit(self, image: object, **options: Unpack[Options]) -> Future[Prediction]:
         """Like `predict` of one image, done by a few threads: while one image runs, the next is

@@ -65,7 +65,8 @@ def check_options(
     if aim.tiling and applied and threshold is None:
         warnings.warn(
             "tile: the threshold was calibrated on whole images, and the maximum over tiles is "
-            "higher; pass threshold=, found from normal images with the same tile",
+            "higher; pass threshold=, which `find_threshold` (`fastad threshold`) finds from "
+            "normal images with the same tile",
             FastadWarning,
             stacklevel=3,
         )

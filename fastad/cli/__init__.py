@@ -27,7 +27,7 @@ EXTRAS = dict.fromkeys(("torch", "lightning", "timm", "yaml", "safetensors"), "t
 
 for command in (  # the order of `fastad --help`
     *(models.train, models.import_checkpoint, models.calibrate, engines.export, engines.build),
-    *(results.predict, results.evaluate, models.prepare, results.table),
+    *(results.predict, results.threshold, results.evaluate, models.prepare, results.table),
     *(engines.verify, engines.info, engines.doctor, models.demo),
 ):
     app.command()(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,4 +26,7 @@ ValueRange = Annotated[
 Tile = Annotated[
     str | None, typer.Option(help="Tiles of the image, in pixels: 512, or 384x512 for H x W.")
 ]
+Overlap = Annotated[float, typer.Option(help="Least share of a tile seen by the next.")]
+Region = Annotated[Path | None, typer.Option(help="Mask image: only what is not black counts.")]
+Ignore = Annotated[Path | None, typer.Option(help="Mask image: what is not black does not count.")]
 Rate = Annotated[float, typer.Option(help="Accepted share of normal images called anomalous.")]

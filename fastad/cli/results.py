@@ -1,4 +1,4 @@
-"""Commands that run a model on images: results, metrics, and tables of metrics."""
+"""Commands that run a model on images: results, thresholds, metrics, and tables of metrics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from fastad.cli.options import (
     PARTLY_FAILED,
     Categories,
     Device,
+    Ignore,
     Json,
     Mode,
+    Overlap,
     Precision,
+    Rate,
+    Region,
     Runtime,
     Threads,
     Tile,
@@ -35,13 +39,9 @@ def predict(
     maps: Annotated[Path | None, typer.Option(help="Folder for float32 maps (.npy).")] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder for masks (.png).")] = None,
     tile: Tile = None,
-    overlap: Annotated[float, typer.Option(help="Least share of a tile seen by the next.")] = 0.25,
-    region: Annotated[
-        Path | None, typer.Option(help="Mask image: only what is not black counts.")
-    ] = None,
-    ignore: Annotated[
-        Path | None, typer.Option(help="Mask image: what is not black does not count.")
-    ] = None,
+    overlap: Overlap = 0.25,
+    region: Region = None,
+    ignore: Ignore = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Videos, camera numbers, rtsp:// addresses.")
     ] = False,
@@ -105,6 +105,47 @@ def predict(
         for line in unreadable:
             messages.print(f"  {line}", markup=False, soft_wrap=True)
         raise typer.Exit(PARTLY_FAILED)
+
+
+def threshold(
+    engine: Annotated[Path, typer.Argument(help="Engine file; it is not changed.")],
+    normal: Annotated[
+        list[str], typer.Argument(help="Normal images that training never saw: folders, globs.")
+    ],
+    false_alarm_rate: Rate = 0.01,
+    value_range: ValueRange = None,
+    tile: Tile = None,
+    overlap: Overlap = 0.25,
+    region: Region = None,
+    ignore: Ignore = None,
+    device: Device = "auto",
+    runtime: Runtime = "auto",
+    precision: Precision = "auto",
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """The --threshold for predict with tiles or a region, from normal images.
+
+    Example: fastad threshold a.engine normal/ --tile 512.
+    """
+    from fastad.images import expand
+    from fastad.predictor import load
+
+    paths = expand(normal)
+    chosen = {"device": device, "runtime": runtime, "precision": precision}
+    with load(engine, **chosen, threads=threads) as predictor, Bars() as bars:
+        found = predictor.find_threshold(
+            paths,
+            false_alarm_rate=false_alarm_rate,
+            progress=lambda done, total: bars("threshold", done, total),
+            value_range=value_range,
+            tile=_tile(tile),
+            overlap=overlap,
+            region=region,
+            ignore=ignore,
+        )
+    about = {"threshold": found.value, "median": found.median, "count": found.count}
+    print_result(about | {"false_alarm_rate": false_alarm_rate}, json_)
 
 
 def _tile(text: str | None) -> tuple[int, int] | None:
