@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,11 @@ class Feed:
         self.runtime = runtime
         self.size = size  # (H, W) of the model
         self.turns = concurrency(runtime)
-        self._turn = threading.BoundedSemaphore(self.turns)
+        # A lock where it serves: Ctrl-C within a semaphore's acquire, which is Python, would lose
+        # the turn for ever.
+        self._turn: AbstractContextManager[object] = (
+            threading.Lock() if self.turns == 1 else threading.BoundedSemaphore(self.turns)
+        )
         self._buffers: deque[NDArray[np.uint8]] = deque()  # its append and pop are atomic
 
     def run(self, frames: list[Frame]) -> Fed:

@@ -40,6 +40,7 @@ class Workers:
             threading.Thread(target=self._serve, name=f"{name} {i}", daemon=True)
             for i in range(threads)
         ]
+        self._left: set[threading.Thread] = set()  # will begin nothing more
         _open.add(self)
         for thread in self._threads:
             thread.start()
@@ -72,6 +73,7 @@ class Workers:
                 while not self._waiting and not self._closed:
                     self._came.wait()
                 if not self._waiting:
+                    self._leave()
                     return
                 future, work = self._waiting.popleft()
                 self._went.notify()
@@ -88,7 +90,8 @@ class Workers:
     def close(self, *, cancel: bool = False) -> None:
         """Refuse more, do what waits (or cancel it), and wait for the threads.
 
-        In a forked child, where the threads do not exist, it does nothing.
+        In a forked child, where the threads do not exist, it does nothing. One of its own threads,
+        in a callback of a future, waits for those that are not in such a call themselves.
         """
         if os.getpid() != self._process:
             return
@@ -102,9 +105,17 @@ class Workers:
         for future, _ in dropped:
             future.cancel()
             future.set_running_or_notify_cancel()  # tells who waits for it
-        for thread in self._threads:
-            if thread is not threading.current_thread():
+        if threading.current_thread() in self._threads:
+            with self._went:
+                self._leave()
+                self._went.wait_for(lambda: len(self._left) == len(self._threads))
+        else:
+            for thread in self._threads:
                 thread.join()
+
+    def _leave(self) -> None:
+        self._left.add(threading.current_thread())
+        self._went.notify_all()
 
 
 # Daemon threads inside a runtime that is being taken down crash: they end before that.

@@ -124,9 +124,11 @@ class Predictor:
             overlap: Least share, 0..0.9, of a tile that its neighbour sees too.
             region: What counts, all by default: a bool mask [H, W], the path of a mask image, or a
                 list of boxes (x0, y0, x1, y1) and polygons [(x, y), ...], in pixels of the original
-                image. All else is 0 on ``anomaly_map``, in no mask or region, and takes no part in
-                the score, which is the method's own rule on what counts
-                (`fastad.inspected.peak_and_share`). Tiles without anything that counts do not run.
+                image. All else is 0 on ``anomaly_map`` and in no mask or region, and the score is
+                the method's own rule on what counts (`fastad.inspected.peak_and_share`). The
+                network still sees it, and what changes there can colour the map beside it: paint
+                it over with a constant before, for `find_threshold` too. Tiles without anything
+                that counts do not run.
             ignore: What does not count, in the same forms.
 
         Returns:
@@ -227,7 +229,8 @@ class Predictor:
 
         One thread for each run that the runtime takes at once, and one more; twice as many images
         may wait. Beyond that the call itself waits, so that memory stays bounded however fast
-        images come. An image in memory must not be changed before its result is there.
+        images come; futures that you keep hold their image and its map. An image in memory must
+        not be changed before its result is there.
 
         Args:
             image: As in `predict`, one image.
@@ -354,8 +357,8 @@ class Predictor:
             InputError: ``batch`` is below 1, or the predictor is closed.
         """
         self._check_open()
-        if batch < 1:
-            raise InputError(f"batch: expected at least 1 image, got {batch}")
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise InputError(f"batch: expected a whole number of at least 1, got {batch!r}")
         H, W = self.manifest.spec.input.size
         self.runtime.run(np.zeros((batch, H, W, 3), np.uint8))
 

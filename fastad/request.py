@@ -44,6 +44,8 @@ class Request:
 
 def check_options(
     manifest: Manifest,
+    stacklevel: int = 3,
+    /,
     *,
     threshold: float | None = None,
     color: Color = "rgb",
@@ -55,6 +57,8 @@ def check_options(
     ignore: Area | None = None,
 ) -> Request:
     """Check `Options` against an engine; a warning points at the caller's caller.
+
+    Or further out, with a larger ``stacklevel``, which is that of `warnings.warn`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -68,10 +72,10 @@ def check_options(
             "higher; pass threshold=, which `find_threshold` (`fastad threshold`) finds from "
             "normal images with the same tile",
             FastadWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    value = applied.value if applied else threshold
-    declared = value_range or manifest.spec.input.value_range
+    value = applied.value if applied else None if threshold is None else float(threshold)
+    declared = manifest.spec.input.value_range if value_range is None else value_range
     return Request(applied, value, category, aim, color, declared)
 
 
@@ -80,7 +84,8 @@ def _threshold(manifest: Manifest, category: str | None, value: float | None) ->
 
     None without calibration.
     """
-    if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and math.isfinite(value)):
         raise InputError(f"threshold: expected a finite number, got {value!r}")
     known = manifest.spec.categories
     if category is not None and category not in known:

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from gated import LONG_S, GatedRuntime, comes_true
 from numpy.typing import NDArray
 from textures import MODEL_SIZE, H, Outcome, Textures, W
 
-from fastad import Prediction, Predictor, load
+from fastad import Prediction, Predictor, load, preprocess
 from fastad.engine.base import Outputs
 from fastad.engine.streams import Streams
 from fastad.errors import EngineError, InputError
@@ -108,12 +110,40 @@ def test_calls_at_once_have_buffers_of_their_own(predictor: Predictor) -> None:
         assert [each.raw_score for each in found if isinstance(each, Prediction)] == [0, 1, 2, 3]
 
 
-def test_the_wait_for_a_turn_is_no_stage(predictor: Predictor) -> None:
+def test_the_wait_for_a_turn_is_no_stage(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = GatedRuntime()
     frame = np.zeros((*MODEL_SIZE, 3), np.uint8)
     with Predictor(predictor.manifest, runtime) as opened, ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(opened.predict, [frame] * 40))) == 40
-    assert runtime.most_inside == 1
+        assert runtime.most_inside == 1
+        runtime.hold()
+        first = pool.submit(opened.predict, frame)
+        assert comes_true(lambda: runtime.inside == 1)
+        prepared = threading.Event()
+
+        def to_batch(*arguments: Any) -> NDArray[np.uint8]:
+            try:
+                return preprocess.to_batch(*arguments)
+            finally:
+                prepared.set()
+
+        monkeypatch.setattr("fastad.feed.to_batch", to_batch)
+        began = time.perf_counter()
+        second = pool.submit(opened.predict, frame)
+        assert prepared.wait(LONG_S)
+        waits = time.perf_counter()
+        time.sleep(0.2)
+        waited = time.perf_counter() - waits
+        runtime.let(2)
+        result = second.result(LONG_S)
+        took = time.perf_counter() - began
+        first.result(LONG_S)
+    assert isinstance(result, Prediction)
+    stages_s = [each / 1000 for each in result.speed.values()]
+    assert min(stages_s) >= 0
+    assert max(stages_s) <= sum(stages_s) <= took - waited
 
 
 MODES = [("openvino", "throughput"), ("onnxruntime", "throughput"), ("onnxruntime", "latency")]
@@ -203,12 +233,77 @@ def test_streams_run_that_many_images_at_once() -> None:
         together.wait(LONG_S)  # breaks unless two are here at once
         return images.mean(3, np.float32), images.mean((1, 2, 3), np.float32)
 
-    streams = Streams(run, 2)
+    streams = Streams(2)
     images = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
-    maps, scores = streams.run(images)
+    maps, scores = streams.run(run, images)
     streams.close()
     np.testing.assert_array_equal(maps, images.mean(3, np.float32))
     np.testing.assert_array_equal(scores, images.mean((1, 2, 3), np.float32))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_closing_streams_waits_for_what_is_in_flight(images: int) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        inside.set()
+        assert go_on.wait(LONG_S)
+        return images.mean(3, np.float32), images.mean((1, 2, 3), np.float32)
+
+    streams = Streams(2)
+    with ThreadPoolExecutor(2) as pool:
+        batch = np.zeros((images, 2, 2, 3), np.uint8)
+        running = pool.submit(streams.run, run, batch)
+        assert inside.wait(LONG_S)
+        closing = pool.submit(streams.close)
+        assert wait([closing], 0.1).not_done
+        go_on.set()
+        closing.result(LONG_S)
+        assert running.done()
+        assert len(running.result(LONG_S)[1]) == images
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_a_dropped_predictor_is_freed_at_once(
+    texture_engine: Path, frame: NDArray[np.uint8], runtime: str, mode: str
+) -> None:
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    opened = load(texture_engine, runtime=runtime, precision="fp32", threads=2, mode=mode)
+    opened.predict([frame, frame])
+    alive = weakref.ref(opened.runtime)
+    gc.disable()
+    try:
+        del opened
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"threads": 0}, "threads: expected a whole number of at least 1, got 0"),
+    ({"threads": 2.5}, "threads: expected a whole number of at least 1, got 2.5"),
+    ({"threads": "2"}, "threads: expected a whole number of at least 1, got '2'"),
+    ({"threads": True}, "threads: expected a whole number of at least 1, got True"),
+    ({"device": None}, "device: expected cpu, cuda or cuda:N, got None"),
+    ({"device": 0}, "device: expected cpu, cuda or cuda:N, got 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=str)
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_load_refuses_what_is_no_setting(
+    texture_engine: Path, runtime: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(texture_engine, runtime=runtime, **options)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 2.5, "2", True])
+def test_warmup_refuses_what_is_no_batch(predictor: Predictor, batch: Any) -> None:
+    with pytest.raises(InputError, match="batch: expected a whole number of at least 1, got"):
+        predictor.warmup(batch)
 
 
 FORK = """
@@ -217,9 +312,14 @@ frame = np.zeros((72, 96, 3), np.uint8)
 predictor = fastad.load(sys.argv[1], runtime=sys.argv[2], precision="fp32", threads=2)
 known = predictor.predict(frame).raw_score
 predictor.submit(frame).result()
+frames = [[frame] * 5, [frame] * 5]
+unread, batches, left = [predictor.stream(frames, batch=2) for _ in range(3)]
+for begun in (batches, left):
+    next(begun)
 child = os.fork()
 if child == 0:
     calls = [predictor.predict, predictor.submit, predictor.stream, predictor.iterate]
+    calls += [lambda _, begun=begun: next(begun) for begun in (unread, batches)]
     for call in [*calls, lambda _: predictor.warmup()]:
         try:
             call([frame])
@@ -227,12 +327,14 @@ if child == 0:
             assert "call fastad.load in this process" in str(error)
         else:
             os._exit(1)
+    left.close()
     predictor.close()
     with fastad.load(sys.argv[1], runtime=sys.argv[2], precision="fp32", threads=2) as own:
         good = own.predict(frame).raw_score == known == own.submit(frame).result().raw_score
     os._exit(7 if good else 2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert predictor.predict(frame).raw_score == known
+assert len(list(batches)) == len(list(left)) == 9
 """
 
 

@@ -256,3 +256,20 @@ def test_a_program_ends_although_images_wait(texture_engine: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(texture_engine)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
+
+
+def test_two_callbacks_may_close_at_once(opened: Predictor, runtime: GatedRuntime) -> None:
+    before = len(threads_named("fastad submit"))
+    inside = threading.Barrier(THREADS)
+
+    def close(_: Future[Prediction]) -> None:
+        inside.wait(LONG_S)  # each waits in a thread that the other would have to join
+        opened.close()
+
+    runtime.hold()
+    futures = [opened.submit(frame(i)) for i in range(THREADS)]
+    for future in futures:
+        future.add_done_callback(close)
+    runtime.let(THREADS)
+    assert comes_true(lambda: len(threads_named("fastad submit")) == before)
+    assert runtime.closed

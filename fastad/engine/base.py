@@ -47,6 +47,19 @@ def check_mode(mode: str) -> Mode:
     return cast(Mode, mode)
 
 
+def check_threads(threads: object) -> int | None:
+    """A count of cores, or None for all.
+
+    Raises:
+        InputError: it is no whole number of at least 1.
+    """
+    if threads is None:
+        return None
+    if isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1:
+        return threads
+    raise InputError(f"threads: expected a whole number of at least 1, got {threads!r}")
+
+
 def core_count() -> int:
     """Cores this process may use."""
     try:

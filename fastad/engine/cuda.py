@@ -28,7 +28,7 @@ def device_index(device: str) -> int | None:
     """
     if device == "cpu":
         return None
-    found = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    found = re.fullmatch(r"cuda(?::(\d{1,3}))?", device) if isinstance(device, str) else None
     if found is None:
         raise InputError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
     return int(found[1] or 0)

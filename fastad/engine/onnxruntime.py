@@ -67,11 +67,11 @@ class ONNXRuntime:
             )
         except Exception as error:  # its exception classes live in a private module
             raise EngineError(f"onnxruntime: refuses the graph: {error}") from error
-        self._streams = Streams(self._infer, cores) if self.concurrency > 1 else None
+        self._streams = Streams(cores) if self.concurrency > 1 else None
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
-        return self._streams.run(images) if self._streams else self._infer(images)
+        return self._streams.run(self._infer, images) if self._streams else self._infer(images)
 
     def _infer(self, images: NDArray[np.uint8]) -> Outputs:
         session = self._session
@@ -86,7 +86,7 @@ class ONNXRuntime:
         return anomaly_map, raw_score
 
     def close(self) -> None:
-        """Drop the session."""
-        self._session = None
+        """Drop the session, after what is in flight."""
         if self._streams:
             self._streams.close()
+        self._session = None

@@ -10,7 +10,7 @@ import logging
 from typing import Literal, cast, get_args
 
 from fastad.engine import cuda, onnxruntime_cuda, tensorrt
-from fastad.engine.base import Precision, Runtime, check_mode
+from fastad.engine.base import Precision, Runtime, check_mode, check_threads
 from fastad.engine.container import WEIGHTS, EngineFile
 from fastad.engine.select import PRECISIONS, RUNTIMES, choose, open_runtime
 from fastad.errors import EngineError, InputError, UnsupportedError
@@ -83,6 +83,7 @@ def open_engine(
     if precision != "auto" and precision not in PRECISIONS:
         raise InputError(f"precision: expected auto, {', '.join(PRECISIONS)}, got {precision!r}")
     check_mode(mode)
+    threads = check_threads(threads)
     on_gpu = "cuda" if device == "auto" else device
     if device != "auto":
         cuda.device_index(device)

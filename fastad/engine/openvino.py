@@ -114,13 +114,13 @@ class OpenVINORuntime:
         model = self._single.model
         self.concurrency: int = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         many = mode == "throughput" and self.concurrency > 1
-        self._streams = Streams(self._infer, self.concurrency) if many else None
+        self._streams = Streams(self.concurrency) if many else None
         # Streams run one image each.
         self._compile_for: Callable[[int | None], _Compiled] | None = None if many else compile_for
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run one batch; see `fastad.engine.base.Runtime`."""
-        return self._streams.run(images) if self._streams else self._infer(images)
+        return self._streams.run(self._infer, images) if self._streams else self._infer(images)
 
     def _infer(self, images: NDArray[np.uint8]) -> Outputs:
         compiled = self._single if len(images) == 1 else self._for_batches()
@@ -137,11 +137,11 @@ class OpenVINORuntime:
             return self._batches
 
     def close(self) -> None:
-        """Drop all requests, the compiled models and the graph."""
-        with self._compiling:
-            self._single = self._batches = self._compile_for = None
+        """Drop all requests, the compiled models and the graph, after what is in flight."""
         if self._streams:
             self._streams.close()
+        with self._compiling:
+            self._single = self._batches = self._compile_for = None
 
 
 def _compiled(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from fastad.engine import onnxruntime, openvino
-from fastad.engine.base import Precision, Runtime, check_mode
+from fastad.engine.base import Precision, Runtime, check_mode, check_threads
 from fastad.errors import EngineError, InputError, UnsupportedError
 from fastad.spec import GateReport, Variant
 
@@ -169,8 +169,7 @@ def open_runtime(
         UnsupportedError: nothing on this machine serves the request; the message says why not.
     """
     _check_names(runtime, precision, device)
-    if threads is not None and threads < 1:
-        raise InputError(f"threads: expected at least 1, got {threads}")
+    threads = check_threads(threads)
     set_for = check_mode(mode)
     chosen = cast(Precision, "fp32" if precision == "auto" else precision)
     names = RUNTIMES if runtime == "auto" else (cast(RuntimeName, runtime),)

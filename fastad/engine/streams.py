@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastad.engine.base import Outputs
 from fastad.errors import EngineError
+
+Run = Callable[[NDArray[np.uint8]], Outputs]
 
 
 class Streams:
@@ -20,35 +23,43 @@ class Streams:
     do when they share one. Owns ``count`` threads until `close`.
 
     Args:
-        run: Of one runtime, safe to call from ``count`` threads; it takes [1, H, W, 3].
         count: Images at once.
     """
 
-    def __init__(self, run: Callable[[NDArray[np.uint8]], Outputs], count: int) -> None:
-        self._run = run
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._free = threading.BoundedSemaphore(count)
         self._threads = ThreadPoolExecutor(count, "fastad stream of the runtime")
 
-    def run(self, images: NDArray[np.uint8]) -> Outputs:
+    def run(self, run: Run, images: NDArray[np.uint8]) -> Outputs:
         """As `fastad.engine.base.Runtime.run`; one image stays on the caller's thread.
+
+        Args:
+            run: Of the runtime, safe to call from ``count`` threads; it takes [1, H, W, 3]. Kept
+                here it would hold the runtime that holds this, until the collector comes by.
+            images: uint8 [B, H, W, 3].
 
         Raises:
             EngineError: a run fails, or the runtime is closed.
         """
         if len(images) == 1:
-            return self._one(images)
+            return self._one(run, images)
         parts = [images[i : i + 1] for i in range(len(images))]
         try:
-            found = self._threads.map(self._one, parts)
+            found = self._threads.map(partial(self._one, run), parts)
         except RuntimeError as error:  # its threads have ended
             raise EngineError("the runtime is closed; load the engine again") from error
         maps, scores = zip(*found, strict=True)
         return np.concatenate(maps), np.concatenate(scores)
 
-    def _one(self, image: NDArray[np.uint8]) -> Outputs:
+    def _one(self, run: Run, image: NDArray[np.uint8]) -> Outputs:
         with self._free:
-            return self._run(image)
+            return run(image)
 
     def close(self) -> None:
         """End the threads; a call in flight finishes first."""
         self._threads.shutdown()
+        for _ in range(self._count):  # those of single images, on threads of their callers
+            self._free.acquire()
+        for _ in range(self._count):
+            self._free.release()
