@@ -1,8 +1,12 @@
 """What counts of an image: regions of interest, and parts to ignore.
 
-Both are given in pixels of the original image. What does not count is 0 on `anomaly_map`, belongs
-to no mask and no region, and takes no part in the score. On the model's map, where the score is
-made, a pixel counts if at least half of its area does.
+Both are given in pixels of the original image. What does not count is 0 on `anomaly_map` and
+belongs to no mask and no region, and the score is taken from what counts. On the model's map, where
+the score is made, a pixel counts if at least half of its area does.
+
+The network still sees all of the image: what changes there from image to image can colour the map
+next to it, and further away in methods with attention. Paint such parts over with a constant
+before, and find the threshold with images treated the same (`Predictor.find_threshold`).
 """
 
 from __future__ import annotations
@@ -56,6 +60,8 @@ class Inspected:
     def pixels(self, size: tuple[int, int], name: str) -> _Mask | None:
         """Bool [H, W], True where an image of ``size`` counts; None where all of it does.
 
+        Results of a call share the array: it cannot be written to.
+
         Raises:
             InputError: a mask of another size, a shape that leaves the image, or nothing counts;
                 the message calls the image ``name``.
@@ -91,6 +97,7 @@ class Inspected:
             raise InputError(
                 f"region, ignore: nothing of {name}, {list(size)} (H, W), counts; leave something"
             )
+        counted.setflags(write=False)
         return None if counted.all() else counted
 
 

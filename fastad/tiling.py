@@ -3,15 +3,17 @@
 Memory at work beside the image is one batch of B tiles with its maps and those of the batch before,
 B * H * W * (3 + 4 + 4) bytes for a model of H x W, and one stitched map of 4 bytes a pixel. At
 4096 x 3000 pixels with tiles of the model's size, 224, and 8 of them at a time, that is 37 MB of
-image, 4 MB and 49 MB; with tiles of 448 pixels the map takes a quarter of it. A region adds a mask
-of 1 byte a pixel of the image.
+image, 4 MB and 49 MB; with tiles of 448 pixels the map takes a quarter of it. A region adds 1 byte
+a pixel of the image, and as much again for each mask it was given as. The number of tiles adds
+nothing: they are made as they run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from fastad.preprocess import Frame
 
 SMALLEST_TILE_PX = 16
 LARGEST_OVERLAP = 0.9  # beyond it each pixel would be looked at more than a hundred times
+MOST_TILES = 100_000  # of an image: minutes on any machine, and mostly a slip of the arguments
 
 Run = Callable[[list[Frame]], tuple[NDArray[np.float32], list[float]]]  # maps, raw scores
 
@@ -43,18 +46,37 @@ class Tile:
     place: tuple[slice, slice]  # on the stitched map
     rows: NDArray[np.float32]  # [h, 1] weights; those of all tiles sum to 1 at each pixel
     columns: NDArray[np.float32]  # [1, w]
-    counted: NDArray[np.bool_] | None  # at model size; None where all of it counts
+    counted: NDArray[np.bool_] | None  # view of what counts of `pixels`; None where all of it does
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
     """An image of one size in tiles, row by row; tiles that show nothing that counts are left out.
 
-    ``map_size`` is (H, W) of the stitched map.
+    ``counted`` is bool [H, W] of the image's pixels; None where all count.
     """
 
-    map_size: tuple[int, int]
-    tiles: tuple[Tile, ...]
+    rows: _Axis
+    columns: _Axis
+    counted: NDArray[np.bool_] | None
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """(H, W) of the stitched map."""
+        return self.rows.map_px, self.columns.map_px
+
+    def tiles(self) -> Iterator[Tile]:
+        """The tiles, each made when it is asked for."""
+        for y, x in np.ndindex(len(self.rows.starts), len(self.columns.starts)):
+            pixels = self.rows.pixels(y), self.columns.pixels(x)
+            own = None
+            if self.counted is not None:
+                if not self.counted[self.rows.reach(y), self.columns.reach(x)].any():
+                    continue
+                if not self.counted[pixels].all():
+                    own = self.counted[pixels]
+            place = self.rows.place(y), self.columns.place(x)
+            yield Tile(pixels, place, self.rows.weight(y)[:, None], self.columns.weight(x), own)
 
 
 def check_tiling(tile: tuple[int, int] | int | None, overlap: float) -> Tiling | None:
@@ -100,33 +122,28 @@ def cut(
         name: What errors call the image.
 
     Raises:
-        InputError: what counts is too thin to be seen on any tile's map.
+        InputError: more than 100,000 tiles, or what counts is too thin to be seen on any tile's
+            map.
     """
     lone = all(n <= tile for n, tile in zip(size, tiling.size, strict=True))
     rows, columns = (
-        _Axis(n, tile, m, tiling.overlap, m if lone else min(m, tile, n))
+        _Axis(n, tile, tiling.overlap, m if lone else min(m, tile, n))
         for n, tile, m in zip(size, tiling.size, model_size, strict=True)
     )
-    tiles: list[Tile] = []
-    for y, row in enumerate(rows.starts_px):
-        for x, column in enumerate(columns.starts_px):
-            pixels = (slice(row, row + rows.tile_px), slice(column, column + columns.tile_px))
-            own = None
-            if counted is not None:
-                # One map pixel more: the map is resized, and its neighbours reach what counts.
-                around = tuple(
-                    slice(max(0, part.start - axis.map_pixel_px), part.stop + axis.map_pixel_px)
-                    for part, axis in zip(pixels, (rows, columns), strict=True)
-                )
-                if not counted[around].any():
-                    continue
-                if not counted[pixels].all():
-                    own = at_map(counted[pixels], model_size)
-            place = (rows.place(y), columns.place(x))
-            tiles.append(Tile(pixels, place, rows.weight(y)[:, None], columns.weight(x), own))
-    if all(tile.counted is not None and not tile.counted.any() for tile in tiles):
+    count = len(rows.starts) * len(columns.starts)
+    if count > MOST_TILES:
+        raise InputError(
+            f"tile, overlap: {name}, {list(size)} (H, W), takes {count} tiles of "
+            f"{list(tiling.size)} with overlap {tiling.overlap:g}; expected at most {MOST_TILES}: "
+            "use larger tiles or less overlap"
+        )
+    into = Cut(rows, columns, counted)
+    shown = (
+        each.counted is None or at_map(each.counted, model_size).any() for each in into.tiles()
+    )
+    if not any(shown):
         raise too_thin(name, model_size)
-    return Cut((rows.map_px, columns.map_px), tuple(tiles))
+    return into
 
 
 def stitch(
@@ -147,14 +164,14 @@ def stitch(
     """
     stitched = np.zeros(into.map_size, np.float32)
     peak, share = -math.inf, 0.0
-    for start in range(0, len(into.tiles), batch):
-        tiles = into.tiles[start : start + batch]
+    waiting = into.tiles()
+    while tiles := list(islice(waiting, batch)):
         maps, scores = run([replace(frame, pixels=frame.pixels[tile.pixels]) for tile in tiles])
         for tile, model_map, score in zip(tiles, maps, scores, strict=True):
             own = score, 1.0
             if tile.counted is not None:
                 assert window is not None
-                own = peak_and_share(model_map, tile.counted, window)
+                own = peak_and_share(model_map, at_map(tile.counted, model_map.shape), window)
             if own[1] > 0:
                 peak, share = max(peak, own[0]), max(share, own[1])
             shape = (len(tile.rows), tile.columns.size)
@@ -167,12 +184,13 @@ def stitch(
 class _Axis:
     """Tiles along one axis: ``starts_px`` on the image and ``starts`` on the map."""
 
-    def __init__(self, n: int, tile: int, model: int, overlap: float, side: int) -> None:
+    def __init__(self, n: int, tile: int, overlap: float, side: int) -> None:
         self.tile_px = min(tile, n)
         self.side = side  # of a tile's map
         # Not rounded down: two tiles would then not reach the end.
         self.map_px = max(side, math.ceil(n * side / self.tile_px))
-        self.map_pixel_px = math.ceil(self.tile_px / side) + 1  # starts are rounded
+        # Resizing a coarse map to the image reaches half a map pixel beyond it; starts are rounded.
+        self._reach_px = 0 if side == self.tile_px else math.ceil(self.tile_px / side / 2) + 1
         step = max(1, side - math.ceil(side * overlap))
         room, room_px = self.map_px - side, n - self.tile_px
         self.starts = [*range(0, room, step), room]
@@ -182,6 +200,14 @@ class _Axis:
         self._total = np.zeros(self.map_px)
         for i in range(len(self.starts)):
             self._total[self.place(i)] += self._fall
+
+    def pixels(self, i: int) -> slice:
+        return slice(self.starts_px[i], self.starts_px[i] + self.tile_px)
+
+    def reach(self, i: int) -> slice:
+        """The pixels of the image whose anomaly the tile's map changes."""
+        start = self.starts_px[i]
+        return slice(max(0, start - self._reach_px), start + self.tile_px + self._reach_px)
 
     def place(self, i: int) -> slice:
         return slice(self.starts[i], self.starts[i] + self.side)

@@ -73,7 +73,8 @@ def test_the_score_is_the_methods_rule_on_what_counts(window: tuple[int, int], a
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_what_does_not_count_cannot_change_the_score(window: tuple[int, int]) -> None:
+def test_the_map_beyond_what_counts_cannot_change_the_score(window: tuple[int, int]) -> None:
+    """Of the map, which the fake makes pixel by pixel: a network sees the whole image."""
     predictor, _ = fake_predictor((24, 32), window)
     image = picture(24, 32)
     changed = image.copy()
@@ -134,21 +135,6 @@ def test_map_mask_and_regions_are_those_of_what_counts() -> None:
     # Colours span what counts: all of it else would be the low end.
     assert found.plot(per_image_scale=True).shape == (48, 64, 3)
     np.testing.assert_array_equal(found.plot(per_image_scale=True)[:, 45:], image[:, 45:])
-
-
-@pytest.mark.parametrize("tile", [(24, 32), (48, 64), (20, 20)])
-def test_tiles_and_regions_go_together(tile: tuple[int, int]) -> None:
-    """Per pixel as without a region, per tile the rule on what counts of it."""
-    predictor, runtime = fake_predictor((24, 32))
-    image = picture(130, 170)
-    counted = box_mask((130, 170), 40, 30, 90, 71)
-    plain = one(predictor.predict(image, tile=tile))
-    all_tiles = sum(runtime.counts)
-    found = one(predictor.predict(image, tile=tile, region=counted))
-    assert 0 < sum(runtime.counts) - all_tiles < all_tiles
-    np.testing.assert_array_equal(found.anomaly_map, np.where(counted, plain.anomaly_map, 0))
-    if tile == (24, 32):  # full resolution: each pixel of a tile is a pixel of the image
-        assert found.raw_score == float(image[..., 0][counted].max())
 
 
 @pytest.mark.parametrize("window", [(8, 8), (5, 12)])
@@ -238,6 +224,19 @@ def test_the_callers_mask_may_change_afterwards() -> None:
     (found,) = running
     assert found.counted is not None
     assert found.counted.sum() == 28 * 18
+    assert mask.flags.writeable  # only the result's is not
+
+
+@pytest.mark.parametrize("tile", [None, (24, 32)])
+def test_a_result_cannot_change_what_counts_of_later_ones(tile: tuple[int, int] | None) -> None:
+    predictor, _ = fake_predictor((24, 32))
+    images = [np.full((48, 64, 3), 9, np.uint8)] * 3
+    region = [(32, 0, 64, 48)]
+    first, *later = predictor.iterate(images, region=region, tile=tile, overlap=0)
+    assert first.counted is not None
+    with pytest.raises(ValueError, match="read-only"):
+        first.counted[:] = False
+    assert [result.anomaly_map.max() for result in later] == [9.0, 9.0]
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [

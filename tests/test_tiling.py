@@ -34,7 +34,7 @@ def lay(size: tuple[int, int], model: tuple[int, int], tile: int, overlap: float
 def reference(maps: list[NDArray[np.float32]], into: Cut) -> NDArray[np.float64]:
     """The weighted mean, pixel by pixel, in float64."""
     total, weights = np.zeros(into.map_size), np.zeros(into.map_size)
-    for model_map, tile in zip(maps, into.tiles, strict=True):
+    for model_map, tile in zip(maps, into.tiles(), strict=True):
         rows, columns = tile.place
         h, w = rows.stop - rows.start, columns.stop - columns.start
         for y in range(h):
@@ -61,7 +61,7 @@ def test_every_pixel_is_seen_and_weights_sum_to_one(
     into = cut(size, model, Tiling(tile, overlap), None, "image")
     seen = np.zeros(size, np.bool_)
     weights = np.zeros(into.map_size)
-    for each in into.tiles:
+    for each in into.tiles():
         assert [part.stop - part.start for part in each.pixels] == [
             min(n, t) for n, t in zip(size, tile, strict=True)
         ]
@@ -77,7 +77,7 @@ def test_every_pixel_is_seen_and_weights_sum_to_one(
 @pytest.mark.parametrize("tile", [16, 50, 64, 100])
 def test_neighbours_share_what_was_asked_for(tile: int, overlap: float) -> None:
     into = lay((64, 333), (32, 32), tile, overlap)
-    columns = sorted({each.pixels[1].start for each in into.tiles})
+    columns = sorted({each.pixels[1].start for each in into.tiles()})
     map_pixel_px = max(1.0, tile / 32)
     for left, right in itertools.pairwise(columns):
         assert left + tile - right >= tile * overlap - map_pixel_px
@@ -93,7 +93,8 @@ def test_the_stitched_map_is_the_weighted_mean_of_the_tiles(
     found = one(predictor.predict(image, tile=tile, overlap=overlap))
     into = cut(size, model, Tiling(tile, overlap), None, "image")
     maps = [m[..., 0].astype(np.float32) for batch in runtime.batches for m in batch]
-    shape = (len(into.tiles[0].rows), into.tiles[0].columns.size)
+    first = next(into.tiles())
+    shape = (len(first.rows), first.columns.size)
     resized = [_native.resize_map(m, shape) for m in maps]
     # Float32 of some overlapping terms up to 255; the largest difference seen is 5e-5.
     np.testing.assert_allclose(found.model_map, reference(resized, into), rtol=0, atol=2e-4)
@@ -162,21 +163,117 @@ def test_tiles_are_views_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(np.shares_memory(pixels, image) for pixels in given)
 
 
-def test_a_large_image_takes_one_batch_and_one_map() -> None:
+@pytest.mark.parametrize("tile", [224, 128])
+@pytest.mark.parametrize("dotted", [False, True])
+def test_a_large_image_takes_one_batch_and_one_map(dotted: bool, tile: int) -> None:
     predictor, _ = fake_predictor((224, 224), keep=False)
     image = np.zeros((3000, 4096, 3), np.uint8)
-    predictor.predict(image[:300], tile=224)
+    ignore = np.zeros((3000, 4096), np.bool_) if dotted else None
+    if ignore is not None:
+        ignore[::20, ::20] = True  # no tile counts whole
+    predictor.predict(image[:300], tile=tile)
     tracemalloc.start()
     try:
-        found = one(predictor.predict(image, tile=224))
+        found = one(predictor.predict(image, tile=tile, ignore=ignore))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert found.model_map.shape == (3000, 4096)
     stitched, tiles = 4 * 3000 * 4096, BATCH * 224 * 224
+    masks = 2 * 3000 * 4096 if dotted else 0  # the caller's, copied, and what counts
     # A batch has bytes in and floats out, the ones before are freed as they are replaced; the rest
-    # is 330 tiles' places and weights and the products of one of them.
-    assert peak < stitched + tiles * 2 * (3 + 4) + (3 << 20)
+    # is the weights of a batch and the products of one tile.
+    assert peak < stitched + masks + tiles * 2 * (3 + 4) + (3 << 20)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "overlap", "count"),
+    [((512, 512), 16, 0.9, 247_009), ((3000, 4096), 16, 0.5, 191_114)],
+)
+def test_refuses_more_tiles_than_anybody_waits_for(
+    size: tuple[int, int], tile: int, overlap: float, count: int
+) -> None:
+    predictor, runtime = fake_predictor((32, 32))
+    with pytest.raises(InputError, match=rf"takes {count} tiles .* use larger tiles or less over"):
+        predictor.predict(np.zeros((*size, 3), np.uint8), tile=tile, overlap=overlap)
+    assert runtime.counts == []
+
+
+def test_tiles_are_made_as_they_run() -> None:
+    """Nearly as many as are accepted, and the first costs no memory for the others."""
+    tracemalloc.start()
+    try:
+        tiles = lay((3000, 4096), (224, 224), 16, 0.25).tiles()
+        next(tiles)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(1 for _ in tiles) == 250 * 341 - 1
+    assert peak < 1 << 20
+
+
+def test_tiles_are_dropped_as_they_have_run() -> None:
+    predictor, runtime = fake_predictor((32, 32), keep=False)
+    image = np.zeros((600, 600, 3), np.uint8)
+    predictor.predict(image, tile=200)
+    runtime.counts.clear()
+    tracemalloc.start()
+    try:
+        predictor.predict(image, tile=16, overlap=0.5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(runtime.counts) == 74 * 74
+    assert peak < 4 * 600 * 600 + (1 << 20)  # held together, the tiles take some 6 MB
+
+
+@pytest.mark.parametrize("tile", [(24, 32), (48, 64), (20, 20)])
+def test_tiles_and_regions_go_together(tile: tuple[int, int]) -> None:
+    """Per pixel as without a region, per tile the rule on what counts of it."""
+    predictor, runtime = fake_predictor((24, 32))
+    image = picture(130, 170)
+    counted = np.zeros((130, 170), np.bool_)
+    counted[30:71, 40:90] = True
+    plain = one(predictor.predict(image, tile=tile))
+    all_tiles = sum(runtime.counts)
+    found = one(predictor.predict(image, tile=tile, region=counted))
+    assert 0 < sum(runtime.counts) - all_tiles < all_tiles
+    np.testing.assert_array_equal(found.anomaly_map, np.where(counted, plain.anomaly_map, 0))
+    if tile == (24, 32):  # full resolution: each pixel of a tile is a pixel of the image
+        assert found.raw_score == float(image[..., 0][counted].max())
+
+
+EDGES = {  # box (x0, y0, x1, y1) in the middle of 3 x 3 tiles of 96 x 128 pixels; tiles run
+    "left and above": ((128, 96, 140, 108), 4),
+    "right and below": ((244, 180, 256, 192), 4),
+    "one pixel inside": ((129, 97, 255, 191), 9),
+    "out of reach": ((140, 108, 244, 180), 1),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_tiles_beside_a_region_run_as_far_as_their_maps_reach_into_it(name: str) -> None:
+    """A map of a quarter of the resolution: bilinear resizing reaches two pixels across edges."""
+    predictor, runtime = fake_predictor((24, 32))
+    image, (box, count) = picture(288, 384), EDGES[name]
+    plain = one(predictor.predict(image, tile=(96, 128), overlap=0))
+    before = sum(runtime.counts)
+    found = one(predictor.predict(image, tile=(96, 128), overlap=0, region=[box]))
+    assert sum(runtime.counts) - before == count
+    x0, y0, x1, y1 = box
+    expected = np.zeros((288, 384), np.float32)
+    expected[y0:y1, x0:x1] = plain.anomaly_map[y0:y1, x0:x1]
+    np.testing.assert_array_equal(found.anomaly_map, expected)
+
+
+def test_at_full_resolution_no_tile_beside_a_region_runs() -> None:
+    predictor, runtime = fake_predictor((24, 32))
+    image = picture(72, 96)
+    found = one(predictor.predict(image, tile=(24, 32), overlap=0, region=[(32, 24, 64, 48)]))
+    assert runtime.counts == [1]
+    expected = np.zeros((72, 96), np.float32)
+    expected[24:48, 32:64] = image[24:48, 32:64, 0]
+    np.testing.assert_array_equal(found.anomaly_map, expected)
 
 
 def test_colors_reach_tiles() -> None:
