@@ -307,19 +307,26 @@ def test_warmup_refuses_what_is_no_batch(predictor: Predictor, batch: Any) -> No
 
 
 FORK = """
-import os, sys, numpy as np, fastad
+import faulthandler, os, sys, threading, numpy as np, fastad
 frame = np.zeros((72, 96, 3), np.uint8)
 predictor = fastad.load(sys.argv[1], runtime=sys.argv[2], precision="fp32", threads=2)
 known = predictor.predict(frame).raw_score
 predictor.submit(frame).result()
-frames = [[frame] * 5, [frame] * 5]
-unread, batches, left = [predictor.stream(frames, batch=2) for _ in range(3)]
-for begun in (batches, left):
-    next(begun)
+going_on = threading.Event()
+
+def camera():
+    yield frame
+    going_on.wait()  # nothing is in the graph when this process forks
+    yield frame
+
+streams = unread, begun, left = [predictor.stream(camera()) for _ in range(3)]
+for each in (begun, left):
+    next(each)
 child = os.fork()
 if child == 0:
+    faulthandler.dump_traceback_later(200, exit=True)  # nobody else ends it if it hangs
     calls = [predictor.predict, predictor.submit, predictor.stream, predictor.iterate]
-    calls += [lambda _, begun=begun: next(begun) for begun in (unread, batches)]
+    calls += [lambda _, each=each: next(each) for each in (unread, begun)]
     for call in [*calls, lambda _: predictor.warmup()]:
         try:
             call([frame])
@@ -334,7 +341,8 @@ if child == 0:
     os._exit(7 if good else 2)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert predictor.predict(frame).raw_score == known
-assert len(list(batches)) == len(list(left)) == 9
+going_on.set()
+assert [len(list(each)) for each in streams] == [2, 1, 1]
 """
 
 

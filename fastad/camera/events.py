@@ -22,9 +22,9 @@ class StreamEvent:
 
     Attributes:
         kind: ``stall``: a live source gives no frames; the sentence says why. ``reconnect``: its
-            frames are back. ``unreadable``: one frame, or the rest of a file, could not be decoded.
-            ``changed``: frames have another size or type from here on. ``end``: the source gives
-            no more, always the last of it.
+            frames are back. ``unreadable``: one frame, or the rest of a file, could not be decoded,
+            or ``region`` or ``ignore`` does not fit the frame. ``changed``: frames have another
+            size or type from here on. ``end``: the source gives no more, always the last of it.
         source: Name of the source, without the password of its address.
         index: Number of the next frame of the source, or of the one that is unreadable.
         message: One sentence for people.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -85,13 +86,17 @@ class Reader:
 
 
 class Batches:
-    """Takes what waits in the mailboxes, in turn; owns the readers between start and stop."""
+    """Takes what waits in the mailboxes, in turn; owns the readers between start and stop.
+
+    In a forked child, which has no readers, `stop` does nothing, and `next` must not be called.
+    """
 
     def __init__(
         self, readers: list[Reader], bell: threading.Condition, size: int, stall_s: float
     ) -> None:
         self._readers, self._bell, self._size, self._stall_s = readers, bell, size, stall_s
         self._first = 0
+        self._process = os.getpid()
 
     def start(self) -> None:
         """Begin to read every source."""
@@ -101,6 +106,8 @@ class Batches:
 
     def stop(self) -> None:
         """Stop all readers and wait up to `CLOSE_S` for them."""
+        if os.getpid() != self._process:
+            return  # a reader that stayed behind may have held the bell: it would stay locked
         for reader in self._readers:
             reader.stop()
         deadline = time.monotonic() + CLOSE_S

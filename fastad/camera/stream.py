@@ -12,12 +12,14 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
+from fastad import tiling
 from fastad.camera.events import Entry, Shot, StreamEvent, StreamResult
 from fastad.camera.readers import Batches, Reader
 from fastad.camera.source import open_sources
@@ -27,7 +29,7 @@ from fastad.prediction import Prediction
 from fastad.request import Options, Request, check_options
 
 if TYPE_CHECKING:
-    from fastad.look import Frames
+    from fastad.look import Aim, Frames
     from fastad.predictor import Predictor
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ def stream(
         events: Yield the events among the results instead.
         options: As in `predict`. ``color`` is that of the arrays of iterables; ``value_range`` is
             for gray videos with more than 8 bits too; a frame that ``region`` or ``ignore`` does
-            not fit ends the stream.
+            not fit is an ``unreadable`` event.
 
     Yields:
         `StreamResult`, in order for each source; with ``events`` also `StreamEvent`.
@@ -93,6 +95,7 @@ def stream(
             is no video.
         UnsupportedError: the source needs PyAV, which is not installed.
         EngineError: while running, the runtime fails. What an iterable raises comes out as it is.
+            In a forked child each ``next`` is the InputError of any call there.
     """
     for name, value in (("queue", queue), ("batch", 1 if batch is None else batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -103,7 +106,7 @@ def stream(
     if events and on_event:
         raise InputError("events: expected either events=True or on_event, got both")
     predictor._check_open()
-    request = check_options(predictor.manifest, **options)
+    request = check_options(predictor.manifest, 4, **options)  # of whom calls `Predictor.stream`
     sources = open_sources(source, request.color, request.value_range, stall_s)
     size = batch or len(sources)
     newest = any(each.live for each in sources) and not every
@@ -127,6 +130,7 @@ def _results(
     tell: OnEvent | None,
     ahead: int,
 ) -> Generator[StreamResult | StreamEvent]:
+    predictor._check_open()  # before a source is opened
     line = _Line(predictor, batches, request, ahead)
     try:
         batches.start()
@@ -143,6 +147,7 @@ def _results(
                     else:
                         tell(entry)
                     continue
+                predictor._check_open()  # the caller had its turn, and may have closed it or forked
                 prediction = next(found)
                 prediction.speed["decode"] = entry.taken.decode_ms  # in the reader's thread
                 yield StreamResult(
@@ -171,6 +176,7 @@ class _Line:
         self, predictor: Predictor, batches: Batches, request: Request, ahead: int
     ) -> None:
         self._predictor, self._batches, self._request = predictor, batches, request
+        self._fitted = _Fitted(request.aim, predictor.manifest.spec.input.size)
         self._ahead = ahead
         self._workers = Workers("fastad stream", ahead + 1, ahead + 1) if ahead else None
         self._running: deque[tuple[list[Entry], Future[list[Prediction]] | None]] = deque()
@@ -178,8 +184,11 @@ class _Line:
 
     def next(self) -> list[Entry]:
         """Entries of the next batch; empty after the end."""
+        # A forked child has neither readers nor workers, and would wait for them for ever.
+        self._predictor._check_open()
         while len(self._running) <= self._ahead:
-            entries = self._batches.next(wait=not self._running)
+            came = self._batches.next(wait=not self._running)
+            entries = [self._fitted(entry) for entry in came]
             if not entries:
                 break
             self._running.append((entries, self._begin(entries)))
@@ -191,9 +200,7 @@ class _Line:
     def predictions(self) -> list[Prediction]:
         """Of the frames that `next` gave; what the predictor raises comes out here."""
         first, self._first = self._first, None
-        found = first.result() if first else []
-        self._predictor._check_open()
-        return found
+        return first.result() if first else []
 
     def _begin(self, entries: list[Entry]) -> Future[list[Prediction]] | None:
         shots = [entry for entry in entries if isinstance(entry, Shot)]
@@ -213,6 +220,39 @@ class _Line:
         """Finish what is in the graph, drop the rest, end the threads."""
         if self._workers:
             self._workers.close(cancel=True)
+
+
+class _Fitted:
+    """Puts an event in place of each frame that the area of a call does not fit.
+
+    The predictor refuses such a batch as a whole, and the good frames of it would be lost.
+    """
+
+    def __init__(self, aim: Aim, model_size: tuple[int, int]) -> None:
+        self._aim, self._model_size = aim, model_size
+        self._sizes: dict[str, tuple[int, int]] = {}  # of each source, the last that fits
+        self._dropped: Counter[str] = Counter()  # of each source, for its next result
+
+    def __call__(self, entry: Entry) -> Entry:
+        if self._aim.inspected is None or not isinstance(entry, Shot):
+            return entry
+        self._dropped[entry.name] += entry.dropped
+        try:
+            self._check(entry)
+        except InputError as error:
+            return StreamEvent("unreadable", entry.name, entry.index, str(error))
+        return replace(entry, dropped=self._dropped.pop(entry.name))
+
+    def _check(self, shot: Shot) -> None:
+        area, size, name = self._aim.inspected, shot.taken.frame.size, shot.taken.source.name
+        if area is None or self._sizes.get(shot.name) == size:
+            return
+        if self._aim.tiling:
+            counted = area.pixels(size, name)
+            tiling.cut(size, self._model_size, self._aim.tiling, counted, name)
+        else:
+            area.on_map(size, self._model_size, name)
+        self._sizes[shot.name] = size
 
 
 class _Log:

@@ -349,3 +349,24 @@ def test_a_closed_predictor_refuses(texture_engine: Path, clip: Path) -> None:
     with pytest.raises(InputError, match="closed"):
         stream(opened, clip)
     assert readers() == []
+
+
+def test_a_predictor_closed_before_the_first_result_opens_no_source(
+    opened: Predictor,
+) -> None:
+    pulled = itertools.count()
+    results = stream(opened, (picture(next(pulled)) for _ in range(3)))
+    opened.close()
+    with pytest.raises(InputError, match="closed"):
+        next(results)
+    assert next(pulled) == 0
+
+
+def test_a_predictor_closed_within_a_batch_refuses_the_rest(
+    opened: Predictor, patient: None
+) -> None:
+    results = stream(opened, (picture(i) for i in range(2)), batch=2)
+    assert next(results).index == 0
+    opened.close()
+    with pytest.raises(InputError, match="closed"):
+        next(results)
