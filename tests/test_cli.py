@@ -337,7 +337,10 @@ def test_broken_engines_are_named(
         (("predict", "ENGINE", "HOLES", "--threshold", "nan"), "expected a finite number"),
         (("predict", "ENGINE", "HOLES", "--runtime", "tensorflow"), "runtime: expected auto, tens"),
         (("predict", "ENGINE", "HOLES", "--precision", "int4"), "precision: expected auto, fp32"),
-        (("predict", "ENGINE", "HOLES", "--threads", "0"), "threads: expected at least 1"),
+        (
+            ("predict", "ENGINE", "HOLES", "--threads", "0"),
+            "threads: expected a whole number of at least 1",
+        ),
         (("predict", "ENGINE", "HOLES", "--out", "EMPTY"), "expected the name of a file"),
         (("predict", "ENGINE", "HOLES", "--out", "ENGINE/a"), "a: cannot be written"),
         (("predict", "ENGINE", "HOLES", "--overlays", "ENGINE"), "cannot be written"),

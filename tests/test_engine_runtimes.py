@@ -183,7 +183,11 @@ def test_when_nothing_works_every_reason_is_given(
         (("tensorrt", "fp32", "cpu", 1), InputError, "runtime: expected auto, openvino"),
         (("auto", "int4", "cpu", 1), InputError, "precision: expected auto, fp32, bf16"),
         (("auto", "fp32", "cuda:0", 1), UnsupportedError, "device: expected auto or cpu"),
-        (("auto", "fp32", "cpu", -1), InputError, "threads: expected at least 1, got -1"),
+        (
+            ("auto", "fp32", "cpu", -1),
+            InputError,
+            "threads: expected a whole number of at least 1, got -1",
+        ),
     ],
 )
 def test_refuses_before_it_looks_at_the_graph(

@@ -279,7 +279,7 @@ def test_a_closed_predictor_says_so(texture_engine: Path, image: Path, runtime: 
         ({"runtime": "tensorflow"}, InputError, "runtime: expected auto, tensorrt, .*got 'tens"),
         ({"precision": "int4"}, InputError, "precision: expected auto, fp32, bf16, .*got 'int4'"),
         ({"device": "tpu"}, InputError, "device: expected cpu, cuda or cuda:N, got 'tpu'"),
-        ({"threads": 0}, InputError, "threads: expected at least 1, got 0"),
+        ({"threads": 0}, InputError, "threads: expected a whole number of at least 1, got 0"),
         ({"runtime": "onnxruntime", "precision": "bf16"}, UnsupportedError, "onnxruntime"),
     ],
 )
@@ -425,7 +425,7 @@ def test_warmup_runs_the_batch_it_is_told(predictor: Predictor) -> None:
     opened, runtime = fake(predictor)
     opened.warmup(3)
     assert runtime.batches == [3]
-    with pytest.raises(InputError, match="batch: expected at least 1 image, got 0"):
+    with pytest.raises(InputError, match="batch: expected a whole number of at least 1, got 0"):
         opened.warmup(0)
 
 
