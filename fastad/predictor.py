@@ -159,11 +159,7 @@ class Predictor:
     __call__ = predict
 
     def iterate(
-        self,
-        images: object,
-        *,
-        on_unreadable: Unreadable | None = None,
-        **options: Unpack[Options],
+        self, images: object, *, on_unreadable: Unreadable | None = None, **options: Unpack[Options]
     ) -> Iterator[Prediction]:
         """Like `predict`, one result at a time: of a list of paths, memory holds one batch only.
 
@@ -191,10 +187,8 @@ class Predictor:
     ) -> Threshold:
         """The ``threshold=`` for calls with these options, from normal images.
 
-        What an engine carries was found on whole images. Tiles, a region or another camera change
-        the raw scores, and so the threshold that keeps the false-alarm rate. The rule is that of
-        `fastad.calibration`: of new normal images from the same line, seen with the same options,
-        at most this share is called anomalous.
+        An engine's own was found on whole images; tiles, a region or another camera change the raw
+        scores. The rule, and what it promises of new normal images, are `fastad.calibration`'s.
 
         Args:
             images: Normal images that training never saw, as in `predict`.
@@ -207,8 +201,7 @@ class Predictor:
             Its ``value`` is the threshold, in units of the raw score.
 
         Raises:
-            InputError: as in `predict`; or the images are too few for the rate, before any runs.
-            EngineError, UnsupportedError: as in `predict`.
+            InputError: the images are too few for the rate, before any runs; else as `predict`.
         """
         if options.get("threshold") is not None:
             raise InputError("threshold: it is what is looked for; leave it out")
@@ -263,7 +256,7 @@ class Predictor:
     def _started(self) -> Workers:
         with self._starting:
             if self._workers is None:
-                self._check_open()
+                self.check_open()
                 threads = self._feed.turns + 1
                 self._workers = Workers("fastad submit", threads, 2 * threads)
                 # A predictor that is dropped instead of closed leaves no threads.
@@ -291,14 +284,11 @@ class Predictor:
         return self._feed.turns
 
     def _collect(self, images: object, request: Request) -> tuple[list[Source], bool]:
-        self._check_open()
+        self.check_open()
         return collect(images, request.color, request.value_range)
 
     def _iterate(
-        self,
-        sources: list[Source],
-        request: Request,
-        on_unreadable: Unreadable | None,
+        self, sources: list[Source], request: Request, on_unreadable: Unreadable | None
     ) -> Iterator[Prediction]:
         # Images that are decoded together.
         count = 1 if request.aim.tiling else max(BATCH, self._feed.turns)
@@ -317,7 +307,7 @@ class Predictor:
 
     def run(self, frames: Frames, request: Request, began: float) -> list[Prediction]:
         """Results of decoded frames, for `fastad.camera`; ``began`` is when decoding started."""
-        self._check_open()  # it may have been closed between two results
+        self.check_open()  # it may have been closed between two results
         decoded = time.perf_counter()
         graph = Graph(self._feed, self.manifest.spec)
         looks = graph.look(frames, request.aim)
@@ -356,13 +346,14 @@ class Predictor:
         Raises:
             InputError: ``batch`` is below 1, or the predictor is closed.
         """
-        self._check_open()
+        self.check_open()
         if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise InputError(f"batch: expected a whole number of at least 1, got {batch!r}")
         H, W = self.manifest.spec.input.size
         self.runtime.run(np.zeros((batch, H, W, 3), np.uint8))
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Refuse, with an `InputError`, what is closed or was loaded before a fork."""
         if self._closed:
             raise InputError("predictor: it is closed; call fastad.load again")
         if os.getpid() != self._process:

@@ -71,7 +71,7 @@ def test_what_only_looks_like_none_or_a_number_is_refused(
 
 def test_a_range_may_be_an_array(predictor: Predictor) -> None:
     image = np.full((4, 4), 4095, np.uint16)
-    found = predictor.predict(image, value_range=np.array([0, 4095]))  # type: ignore[arg-type]  # works
+    found = predictor.predict(image, value_range=np.array([0, 4095]))  # type: ignore[arg-type]  # a pair too
     known = predictor.predict(image, value_range=(0, 4095))
     assert isinstance(found, Prediction) and isinstance(known, Prediction)
     assert found.raw_score == known.raw_score

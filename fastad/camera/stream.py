@@ -105,7 +105,7 @@ def stream(
         _check_seconds("reconnect_s", reconnect_s)
     if events and on_event:
         raise InputError("events: expected either events=True or on_event, got both")
-    predictor._check_open()
+    predictor.check_open()
     request = check_options(predictor.manifest, 4, **options)  # of whom calls `Predictor.stream`
     sources = open_sources(source, request.color, request.value_range, stall_s)
     size = batch or len(sources)
@@ -130,7 +130,7 @@ def _results(
     tell: OnEvent | None,
     ahead: int,
 ) -> Generator[StreamResult | StreamEvent]:
-    predictor._check_open()  # before a source is opened
+    predictor.check_open()  # before a source is opened
     line = _Line(predictor, batches, request, ahead)
     try:
         batches.start()
@@ -147,7 +147,7 @@ def _results(
                     else:
                         tell(entry)
                     continue
-                predictor._check_open()  # the caller had its turn, and may have closed it or forked
+                predictor.check_open()  # the caller had its turn, and may have closed it or forked
                 prediction = next(found)
                 prediction.speed["decode"] = entry.taken.decode_ms  # in the reader's thread
                 yield StreamResult(
@@ -185,7 +185,7 @@ class _Line:
     def next(self) -> list[Entry]:
         """Entries of the next batch; empty after the end."""
         # A forked child has neither readers nor workers, and would wait for them for ever.
-        self._predictor._check_open()
+        self._predictor.check_open()
         while len(self._running) <= self._ahead:
             came = self._batches.next(wait=not self._running)
             entries = [self._fitted(entry) for entry in came]
