@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("demo", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--method", choices=("grad", *METHODS), action="append")
-    parser.add_argument("--precision", help="auto, fp32, bf16 or int8, for every method")
+    parser.add_argument("--precision", help="auto, fp32, bf16, int8 or int8-bf16, for every method")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", FastadWarning)  # small samples and few epochs are meant
     if not (options.demo / "textures.engine").is_file():

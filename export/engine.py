@@ -33,7 +33,7 @@ PARITY_IMAGES = 16
 GOLDEN_IMAGES = 2
 RANGE_IMAGES = 32  # normal images that int8's value ranges are measured on
 GATE_IMAGES = 128  # held-out normal images that judge a precision, at most
-MADE: tuple[Precision, ...] = ("int8", "fp16")  # other graphs than float32's
+MADE: tuple[Precision, ...] = ("int8", "int8-bf16", "fp16")  # other graphs than float32's
 
 
 def export_engine(
@@ -61,10 +61,10 @@ def export_engine(
         images: Normal images for parity, golden outputs and gate; None takes the run's held-out
             ones. The gate leaves out what training saw, and where the run's training images are
             gone, half of the others measure value ranges instead.
-        precision: ``fp32``, a list with any of ``bf16``, ``int8``, ``fp16``, or ``auto`` for all
-            that may help a CPU. float32 is always there and the default: a call that trains or
-            tests models should not spend minutes on a search it did not ask for, nor run another
-            precision afterwards. The command line's default is ``auto``.
+        precision: ``fp32``, a list with any of ``bf16``, ``int8``, ``int8-bf16``, ``fp16``, or
+            ``auto`` for all that may help a CPU. float32 is always there and the default: a call
+            that trains or tests models should not spend minutes on a search it did not ask for, nor
+            run another precision afterwards. The command line's default is ``auto``.
         test_data: Labelled images in any layout `scan` reads, for AUROC and AUPRO; None leaves the
             gate with normal images only.
         mask_folder: Name of the folder with masks inside each category of ``test_data``.
@@ -170,7 +170,7 @@ def _why_not_made(precisions: Sequence[Precision]) -> str:
     reason = why_unsupported("onnxruntime", "fp32") if made else None
     if not reason:
         return ""
-    return f"precision: {', '.join(made)} needs the quantizer of {reason}"
+    return f"precision: the quantizer for {', '.join(made)} is missing: {reason}"
 
 
 def _warn(text: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastad.engine.base import Precision, Runtime
+from fastad.engine.base import INT8_REST, Precision, Runtime
 from fastad.engine.container import MODEL
 from fastad.engine.select import PRECISIONS, RUNTIMES, RuntimeName, open_runtime, why_unsupported
 from fastad.errors import EngineError, InputError
@@ -22,7 +22,9 @@ from .gate import BATCH, GateImages, Limits, Reference, judge, measure, refer, t
 from .quantize import Quantizer
 
 INT8, INT8_ONNXRUNTIME, FLOAT16 = "model.int8.onnx", "model.int8-ort.onnx", "model.fp16.onnx"
-AUTO: tuple[Precision, ...] = ("fp32", "bf16", "int8")  # float16 gains nothing on the CPUs measured
+INT8_BFLOAT16 = "model.int8-bf16.onnx"  # differs from the int8 graph in the layers kept
+# float16 gains nothing on the CPUs measured
+AUTO: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int8-bf16")
 GROUPS = 16  # of neighbouring layers, which the search ranks: bounds it at 16 + 5 trials
 SEARCH_IMAGES = 4
 TIMED_ROUNDS = 15
@@ -30,7 +32,7 @@ TIMED_SECONDS = 30.0
 QUICK_ROUNDS = 3  # before a search
 QUICK_SECONDS = 5.0
 
-Make = Callable[[Collection[str]], bytes]  # layers to keep in float32 -> graph
+Make = Callable[[Collection[str]], bytes]  # layers to keep out of int8 -> graph
 
 
 @dataclass
@@ -103,8 +105,9 @@ def try_precisions(
         One candidate for each runtime and precision this machine can run; the caller closes them.
     """
     found: list[Candidate] = []
+    rankings: dict[str, list[tuple[str, ...]]] = {}
     quantizer: Quantizer | None = None
-    if {"int8", "fp16"} & set(precisions):
+    if not {"fp32", "bf16"}.issuperset(precisions):
         _tell(report, "ranges", 1, 1, f"{len(calibration_images)} images")
         quantizer = Quantizer(graph, calibration_images)
     with ExitStack() as opened:  # whatever is raised, nothing stays open
@@ -119,7 +122,7 @@ def try_precisions(
             for precision in precisions:
                 if precision == "fp32" or why_unsupported(name, precision):
                     continue
-                trial = _Trial(name, precision, reference, threshold, limits, report)
+                trial = _Trial(name, precision, reference, threshold, limits, report, rankings)
                 if precision == "bf16":
                     # OpenVINO decides per operator itself: no layer can be kept in float32
                     candidate = trial.judge(MODEL, lambda kept: graph, ())
@@ -135,8 +138,7 @@ def try_precisions(
             timed = replace(candidate.report, ms_batch1=one, ms_batch8=eight)
             candidate.variant = replace(candidate.variant, gate=(timed,))
         for candidate in running:
-            if candidate.variant.member == INT8_ONNXRUNTIME:
-                _refuse_if_slower(candidate, running)
+            _share_or_refuse(candidate, running)
         opened.pop_all()
     return found
 
@@ -147,32 +149,49 @@ def _recipe(
     """Member, maker and layers that may be kept, of a precision written into the graph."""
     if precision == "fp16":
         return FLOAT16, quantizer.float16, ()
-    shared = name == "openvino"
-    make: Make = partial(quantizer.int8, "s8" if shared else "u8")
-    return INT8 if shared else INT8_ONNXRUNTIME, make, quantizer.parts.layers
+    if name != "openvino":
+        member = INT8_ONNXRUNTIME
+    else:
+        member = INT8 if precision == "int8" else INT8_BFLOAT16
+    make: Make = partial(quantizer.int8, "s8" if name == "openvino" else "u8")
+    return member, make, quantizer.parts.layers
 
 
-def _refuse_if_slower(candidate: Candidate, found: Iterable[Candidate]) -> None:
-    """ONNX Runtime's own int8 file serves nobody else, so it has to be faster than float32."""
+def _share_or_refuse(candidate: Candidate, found: Iterable[Candidate]) -> None:
+    """A graph that serves one runtime in one precision has to be faster than the others there.
+
+    The same graph as that of another precision costs nothing: it is shared instead.
+    """
+    if candidate.variant.member not in (INT8_ONNXRUNTIME, INT8_BFLOAT16):
+        return
     r = candidate.report
-    (full,) = (
-        c.report for c in found if c.report.runtime == r.runtime and c.report.precision == "fp32"
-    )
+    same = [c for c in found if c.runtime and c.report.runtime == r.runtime]
+    others = [c for c in same if c.report.precision != r.precision]
+    for other in others:
+        if other.graph == candidate.graph:
+            candidate.variant = replace(candidate.variant, member=other.variant.member)
+            return
     own = (r.ms_batch1, r.ms_batch8)
-    if reason := _why_slower(own, (full.ms_batch1, full.ms_batch8)):
-        candidate.refuse(
-            f"accurate enough, but {reason}; its graph is for {r.runtime} on CPUs alone, so the "
-            "engine does not carry it"
-        )
+    for other in others:
+        times = (other.report.ms_batch1, other.report.ms_batch8)
+        if reason := _why_slower(own, times, other.report.precision):
+            candidate.refuse(
+                f"accurate enough, but {reason}; its graph is for {r.runtime} on CPUs alone, so "
+                "the engine does not carry it"
+            )
+            return
 
 
-def _why_slower(own: tuple[float, float], full: tuple[float, float]) -> str:
-    """A clause where neither of two times (at batch 1 and 8) is below float32's, or empty."""
-    if min(own[0] / full[0], own[1] / full[1]) < 1.0:
+def _why_slower(
+    own: tuple[float, float], other: tuple[float, float], precision: str = "fp32"
+) -> str:
+    """A clause where neither of two times (at batch 1 and 8) is below the other's, or empty."""
+    if min(own[0] / other[0], own[1] / other[1]) < 1.0:
         return ""
+    named = "float32" if precision == "fp32" else precision
     return (
-        f"no faster than float32 on this machine: {own[0]:.1f} against {full[0]:.1f} ms for one "
-        f"image, {own[1]:.1f} against {full[1]:.1f} ms per image in a batch of {BATCH}"
+        f"no faster than {named} on this machine: {own[0]:.1f} against {other[0]:.1f} ms for one "
+        f"image, {own[1]:.1f} against {other[1]:.1f} ms per image in a batch of {BATCH}"
     )
 
 
@@ -186,10 +205,17 @@ class _Trial:
     threshold: float | None
     limits: Limits
     progress: Report | None
+    # By runtime: what int8 found serves int8-bf16, which rounds the same layers the same way.
+    rankings: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+
+    @property
+    def rest(self) -> str:
+        """What the layers run in that are kept out of int8."""
+        return INT8_REST.get(self.precision, "float32")
 
     def judge(self, member: str, make: Make, layers: Sequence[str]) -> Candidate:
         """Pass, or pass with layers kept, or a candidate that was refused with the first reason."""
-        most = min(GROUPS, len(layers)) // 2  # with more than half in float32 nothing is gained
+        most = min(GROUPS, len(layers)) // 2  # with more than half kept nothing is gained
         counts = [2**i for i in range(most.bit_length())]
         trials = 1 + len(counts)
         found = first = self._try(member, make, ())
@@ -201,7 +227,7 @@ class _Trial:
             first.close()
             if slower:
                 reason += (
-                    "; layers to leave in float32 were not searched for, because even without "
+                    f"; layers to leave in {self.rest} were not searched for, because even without "
                     f"them it is {slower}"
                 )
             else:
@@ -209,7 +235,7 @@ class _Trial:
                 found = self._search(member, make, layers, counts)
                 reason += (
                     f"; with the {len(found.variant.kept)} most sensitive of {len(layers)} "
-                    f"layers in float32: {found.report.refused}"
+                    f"layers in {self.rest}: {found.report.refused}"
                 )
         self._tell_trial(trials, trials)
         if not found.report.refused:
@@ -221,7 +247,9 @@ class _Trial:
         self, member: str, make: Make, layers: Sequence[str], counts: Sequence[int]
     ) -> Candidate:
         """The first that passes with so many groups kept, or the last one, closed."""
-        ranked = self._ranked(make, layers)
+        if self.name not in self.rankings:
+            self.rankings[self.name] = self._ranked(make, layers)
+        ranked = self.rankings[self.name]
         for trial, count in enumerate(counts, 2):
             kept = {name for group in ranked[:count] for name in group}
             candidate = self._try(member, make, [n for n in layers if n in kept])

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastad.atomic import unwritable
+from fastad.engine.base import INT8_REST
 
 if TYPE_CHECKING:
     from fastad.doctor import Diagnosis
@@ -155,8 +156,9 @@ def precision_parts(variants: Sequence[Variant]) -> list[Any]:
         if r.refused:
             notes.append(f"refused: {r.runtime} {r.precision}: {r.refused}")
         if variant.kept:
+            rest = INT8_REST[r.precision]
             notes.append(
-                f"{r.runtime} {r.precision} keeps {len(variant.kept)} layers in float32: "
+                f"{r.runtime} {r.precision} keeps {len(variant.kept)} layers in {rest}: "
                 f"{', '.join(variant.kept)}"
             )
     first = rows[0][1]

@@ -54,7 +54,7 @@ def load(
             takes a GPU where one can serve this engine.
         precision: ``auto`` takes the fastest of those that passed the accuracy gate at export, or
             ``fp32`` where there was none; logger ``fastad`` says which and why. By name: ``fp32``,
-            ``bf16``, ``int8`` or ``fp16``, if the engine holds it.
+            ``bf16``, ``int8``, ``int8-bf16`` or ``fp16``, if the engine holds it.
         threads: Cores to use; None takes all.
         mode: ``latency``: all cores work on one image, for the shortest time to its result.
             ``throughput``: each core works on an image of its own, for the most images per second

@@ -130,7 +130,7 @@ def test_openvino_runs_the_precision_it_is_told(graph: bytes, precision: Precisi
     runtime = openvino.OpenVINORuntime(graph, precision, threads=1)
     assert runtime._single is not None
     chosen = runtime._single.model.get_property("INFERENCE_PRECISION_HINT")
-    assert chosen.get_type_name() == ("bf16" if precision == "bf16" else "f32")
+    assert chosen.get_type_name() == ("bf16" if "bf16" in precision else "f32")
     assert runtime._single.model.get_property("INFERENCE_NUM_THREADS") == 1
 
 
@@ -152,6 +152,19 @@ def test_int8_needs_the_instructions(graph: bytes, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(openvino.ov, "Core", OldCore)
     with pytest.raises(UnsupportedError, match=r"no INT8 instructions .*use precision='fp32'"):
         openvino.OpenVINORuntime(graph, "int8")
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("INT8", "BF16"), ("BF16", "INT8")])
+def test_int8_with_bf16_needs_both(
+    has: str, lacks: str, graph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HalfCore:
+        def get_property(self, *_: str) -> list[str]:
+            return ["FP32", has]
+
+    monkeypatch.setattr(openvino.ov, "Core", HalfCore)
+    with pytest.raises(UnsupportedError, match=f"int8-bf16: this CPU has no {lacks} instructions"):
+        openvino.OpenVINORuntime(graph, "int8-bf16")
 
 
 def test_auto_takes_openvino_in_float32(graph: bytes) -> None:
@@ -204,10 +217,12 @@ def test_reasons_are_the_same_by_name_and_in_the_diagnosis(graph: bytes) -> None
     rows = [row for row in diagnose().runtimes if row.device == "cpu"]
     found = {(row.runtime, row.precision): row.reason for row in rows}
     assert found == {(name, p): select.why_unsupported(name, p) for name, p in PAIRS}
-    reason = found["onnxruntime", "bf16"]
-    assert reason is not None
-    with pytest.raises(UnsupportedError, match=reason):
-        open_runtime(graph, "onnxruntime", "bf16", "cpu")
+    for precision in ("bf16", "int8-bf16"):
+        reason = found["onnxruntime", precision]
+        assert reason is not None
+        assert precision in reason
+        with pytest.raises(UnsupportedError, match=reason):
+            open_runtime(graph, "onnxruntime", precision, "cpu")
 
 
 def test_core_count_is_what_the_process_may_use() -> None:

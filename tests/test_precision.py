@@ -18,7 +18,7 @@ import pytest
 from fastad.export import Limits, export_engine, precision
 from fastad.export.engine import _gate_paths
 from fastad.export.gate import GateImages, measure, refer
-from fastad.export.precision import AUTO, _Trial, parse_precisions, try_precisions
+from fastad.export.precision import AUTO, Candidate, _Trial, parse_precisions, try_precisions
 from fastad.export.quantize import Quantizer
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
@@ -117,6 +117,7 @@ def able(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"fp32": 10.0, "bf16": 6.0, "int8": 4.0}, "int8"),
         ({"fp32": 10.0, "bf16": 3.0, "int8": 4.0}, "bf16"),
         ({"fp32": 10.0, "bf16": 6.0, "int8": -4.0}, "bf16"),
+        ({"fp32": 10.0, "bf16": 6.0, "int8": 7.0, "int8-bf16": 5.0}, "int8-bf16"),
         ({"fp32": 10.0, "bf16": 9.8, "int8": 11.0}, "fp32"),  # not worth it
         ({"fp32": 10.0}, "fp32"),
     ],
@@ -172,6 +173,7 @@ def test_engines_without_a_gate_run_float32_and_bf16_by_name(able: None) -> None
         ("fp32", ("fp32",)),
         ("int8,bf16", ("fp32", "bf16", "int8")),
         (["fp16"], ("fp32", "fp16")),
+        ("int8-bf16,int8", ("fp32", "int8", "int8-bf16")),
     ],
 )
 def test_parses_lists_of_precisions(text: str | list[str], expected: tuple[str, ...]) -> None:
@@ -191,9 +193,11 @@ def trial(graph: bytes, images: GateImages, limits: Limits) -> _Trial:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is timed takes half of float32's time."""
+    """Of runtimes that are timed together, the first takes half of the others' time."""
     monkeypatch.setattr(
-        precision, "_ms_per_image", lambda runtimes, *_: [(1.0, 1.0), (2.0, 2.0)][: len(runtimes)]
+        precision,
+        "_ms_per_image",
+        lambda runtimes, *_: [(1.0, 1.0) if i == 0 else (2.0, 2.0) for i in range(len(runtimes))],
     )
 
 
@@ -399,6 +403,64 @@ def test_bf16_has_no_layers_to_keep(graph: bytes, images: GateImages) -> None:
         candidate.close()
 
 
+def test_int8_with_bf16_shares_the_graph_and_the_ranking_of_int8(
+    fast: None, graph: bytes, images: GateImages
+) -> None:
+    for name in ("int8", "int8-bf16"):
+        if reason := why_unsupported("openvino", cast(Precision, name)):
+            pytest.skip(reason)
+    precisions: tuple[Precision, ...] = ("int8", "int8-bf16")
+    passed = try_precisions(graph, precisions, images.pixels, images, None, ANY_LOSS)
+    both = [c for c in passed if c.report.runtime == "openvino" and c.report.precision != "fp32"]
+    assert [c.report.precision for c in both] == ["int8", "int8-bf16"]
+    assert {c.variant.member for c in both} == {"model.int8.onnx"}
+    maps = [c.runtime.run(images.pixels[:2])[0] for c in both if c.runtime]
+    assert (maps[0] != maps[1]).any()  # the rest runs in another precision
+    ranked: list[str] = []
+    refused = try_precisions(
+        *(graph, precisions, images.pixels, images, None, NO_LOSS),
+        lambda stage, done, total, about="": (
+            ranked.append(about) if stage == "sensitivity" and done == total else None
+        ),
+    )
+    assert ranked == ["openvino int8", "onnxruntime int8"]
+    reasons = {c.report.precision: c.report.refused for c in refused if c.report.refused}
+    assert "layers in float32: " in reasons["int8"]
+    assert "layers in bfloat16: " in reasons["int8-bf16"]
+    for candidate in (*passed, *refused):
+        candidate.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        (4.0, {"bf16": 5.0, "int8": 6.0}, ""),
+        (4.0, {"bf16": 4.0, "int8": 6.0}, "no faster than bf16 on this machine: 4.0 against 4.0"),
+        (7.0, {"bf16": -1.0, "int8": 6.0}, "no faster than int8 on this machine: 7.0 against 6.0"),
+        (7.0, {"bf16": -1.0, "int8": -1.0}, ""),
+    ],
+)
+def test_a_graph_of_its_own_has_to_be_the_fastest(
+    own: float, others: dict[str, float], expected: str
+) -> None:
+    """A negative time stands for a refused precision."""
+    times = {"fp32": 10.0, **others, "int8-bf16": own}
+    found = [
+        Candidate(
+            None if times[v.precision] < 0 else cast(Runtime, SimpleNamespace(close=lambda: None)),
+            v,
+            v.precision.encode(),
+        )
+        for v in variants(**times)
+    ]
+    precision._share_or_refuse(found[-1], found)
+    assert found[-1].report.refused[: len("accurate enough, but ")] == (
+        "accurate enough, but " if expected else ""
+    )
+    assert expected in found[-1].report.refused
+    assert found[-1].variant.member == ("model.onnx" if expected else "model.int8-bf16.onnx")
+
+
 def test_float16_is_a_variant_of_its_own_when_asked_for(graph: bytes, images: GateImages) -> None:
     found = try_precisions(graph, ("fp16",), images.pixels, images, None, ANY_LOSS)
     made = {(c.report.runtime, c.variant.precision): c for c in found}
@@ -551,7 +613,7 @@ def test_without_a_quantizer_a_named_precision_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("fastad.engine.onnxruntime.find_spec", lambda name: None)
     with pytest.raises(
-        UnsupportedError, match=r"needs the quantizer of onnxruntime: not installed"
+        UnsupportedError, match=r"the quantizer for .* is missing: onnxruntime: not installed"
     ):
         export_engine(tmp_path, tmp_path / "a.engine", precision=asked)
 
@@ -560,7 +622,7 @@ def test_without_a_quantizer_auto_leaves_int8_out_and_says_so(
     monkeypatch: pytest.MonkeyPatch, texture_run: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("fastad.engine.onnxruntime.find_spec", lambda name: None)
-    with pytest.warns(FastadWarning, match=r"precision: int8 needs the quantizer of onnxruntime"):
+    with pytest.warns(FastadWarning, match="the quantizer for int8, int8-bf16 is missing: onnxrun"):
         out = export_engine(texture_run, tmp_path / "a.engine", precision="auto")
     with read_engine(out) as engine:
         assert {v.precision for v in engine.manifest.variants} <= {"fp32", "bf16"}

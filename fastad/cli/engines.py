@@ -30,7 +30,7 @@ def export(
         list[str] | None, typer.Option(help="Images or folders for parity and gate; repeat.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="auto (fp32, bf16, int8), or a list such as fp32,int8.")
+        str, typer.Option(help="auto (fp32, bf16, int8, int8-bf16), or a list such as fp32,int8.")
     ] = "auto",
     test_data: Annotated[
         Path | None, typer.Option(help="Labelled images: the gate then compares AUROC and AUPRO.")

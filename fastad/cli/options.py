@@ -14,7 +14,7 @@ Runtime = Annotated[
     str, typer.Option(help="auto, openvino, onnxruntime; on GPUs tensorrt, pytorch, onnxruntime.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8 or fp16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, int8, int8-bf16 or fp16.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
 Mode = Annotated[
     str, typer.Option(help="latency: all cores on one image; throughput: an image on each core.")

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from fastad.errors import InputError
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
+# ``int8-bf16`` runs an int8 graph with bfloat16 where ``int8`` has float32.
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int8-bf16"]
 Mode = Literal["latency", "throughput"]
+INT8_REST: dict[str, str] = {"int8": "float32", "int8-bf16": "bfloat16"}  # what kept layers run in
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]  # map [B, H, W], raw score [B]
 
 

@@ -17,8 +17,8 @@ def why_unsupported(precision: Precision) -> str | None:
     """Why this machine cannot run ``precision`` here, or None if it can."""
     if find_spec("onnxruntime") is None:
         return "onnxruntime: not installed; pip install 'fastad[onnxruntime]'"
-    if precision == "bf16":
-        return "onnxruntime bf16: its CPU provider has no bfloat16 kernels"
+    if precision in ("bf16", "int8-bf16"):
+        return f"onnxruntime {precision}: its CPU provider has no bfloat16 kernels"
     return None
 
 

@@ -18,18 +18,22 @@ from fastad.engine.openvino_ops import read_model
 from fastad.engine.streams import Streams
 from fastad.errors import EngineError, UnsupportedError
 
-# int8 and fp16 are written into the graph; what they leave over runs in float32.
-_HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "fp16": "f32"}
-_NEEDS = {
-    "bf16": ("BF16", "BF16 instructions (AVX512-BF16 or AMX)"),
-    "int8": ("INT8", "INT8 instructions (AVX512-VNNI, AVX-VNNI or AMX)"),
+# int8 and fp16 are written into the graph; the hint is for what they leave over.
+_HINTS: dict[Precision, str] = {
+    "fp32": "f32",
+    "bf16": "bf16",
+    "fp16": "f32",
+    "int8": "f32",
+    "int8-bf16": "bf16",
 }
+_BF16 = ("BF16", "BF16 instructions (AVX512-BF16 or AMX)")
+_INT8 = ("INT8", "INT8 instructions (AVX512-VNNI, AVX-VNNI or AMX)")
+_NEEDS = {"bf16": (_BF16,), "int8": (_INT8,), "int8-bf16": (_INT8, _BF16)}
 
 
 def why_unsupported(precision: Precision) -> str | None:
     """Why this machine cannot run ``precision`` here, or None if it can."""
-    if precision in _NEEDS:
-        capability, named = _NEEDS[precision]
+    for capability, named in _NEEDS.get(precision, ()):
         if capability not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             return f"openvino {precision}: this CPU has no {named}"
     return None
@@ -71,7 +75,8 @@ class OpenVINORuntime:
     Args:
         graph: ONNX bytes with input ``image`` and outputs ``anomaly_map``, ``raw_score``; nodes of
             fastad are translated (`openvino_ops`), functions in the file are not needed.
-        precision: ``fp32`` or ``bf16``; ``int8`` and ``fp16`` for graphs that hold them.
+        precision: ``fp32`` or ``bf16``; ``int8``, ``int8-bf16`` and ``fp16`` for graphs that hold
+            them.
         threads: Cores to use; None takes all that the process may use.
         mode: ``latency``: all cores share each run, and runs follow each other. ``throughput``: one
             core for each image, as many images at once as there are cores.
