@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastad.atomic import unwritable
-from fastad.engine.base import INT8_REST
 
 if TYPE_CHECKING:
     from fastad.doctor import Diagnosis
@@ -130,7 +129,9 @@ def fastest_precisions(variants: Sequence[Variant]) -> dict[str, str]:
 
 
 def precision_parts(variants: Sequence[Variant]) -> list[Any]:
-    """The accuracy gate: a table, why precisions were refused, what was kept in float32."""
+    """The accuracy gate: a table, why precisions were refused, what int8 does not compute."""
+    from fastad.engine.base import INT8_REST
+
     rows = [(variant, report) for variant in variants for report in variant.gate]
     if not rows:
         return []
