@@ -14,6 +14,7 @@ NARROW = frozenset(
         *("Conv", "Gemm", "MatMul", "Add", "Sub", "Mul", "MaxPool", "AveragePool"),
         *("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "HardSwish"),
         *("Concat", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity", "Gather", "Slice"),
+        "DepthToSpace",
     )
 )
 

@@ -21,6 +21,8 @@ from fastad.models.registry import Method
 from fastad.ops.grid_interpolate import onnx_impl as grid_interpolate
 from fastad.ops.neighbor_attention import onnx_impl as neighbor_attention
 
+from .onnx_upsample import spread
+
 OPSET = 18  # the newest that every runtime here takes in float32
 DOMAIN = "fastad"
 FOLD_BYTES = 1 << 26  # of one constant: positions after their projection have megabytes
@@ -73,6 +75,7 @@ def to_onnx(method: Method) -> bytes:
         model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES
     )
     onnxscript.optimizer.remove_unused_nodes(model)
+    spread(model)
     add_functions(model)
     onnx.checker.check_model(model, full_check=True)
     return cast(bytes, model.SerializeToString())
