@@ -188,7 +188,7 @@ class Quantizer:
             activations: ``s8`` is symmetric and serves OpenVINO and TensorRT: only inputs of layers
                 are quantised and whatever is no layer reads unquantised values. ``u8`` has zero
                 points, and quantises outputs too, which ONNX Runtime's CPU kernels ask for.
-            kept: Layers of `parts` to leave in float32.
+            kept: Layers of `parts` to leave unquantised.
         """
         symmetric = activations == "s8"
         chosen = {name for name in self.parts.layers if name not in kept}

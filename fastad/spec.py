@@ -121,7 +121,7 @@ class Variant:
     """One graph inside the engine file.
 
     ``runtimes`` may load it for ``precision``; several variants may share a member. ``kept`` names
-    the layers left in float32 beyond the rules of the precision.
+    the layers that int8 leaves alone beyond its own rules.
     """
 
     member: str
