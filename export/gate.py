@@ -21,7 +21,7 @@ are not those that its value ranges were measured on.
 
 They are, however, those that the layers left in float32 were chosen with: the search ranks layers
 by a few of these images and stops at the first choice that passes on all of them. What passed after
-a search is therefore the best of up to five tries on these very images, and its report is a little
+a search is therefore the best of up to seven tries on these very images, and its report is a little
 better than new images would show. It is no estimate of accuracy: for that, `fastad evaluate` the
 precision on labelled images that the export never saw.
 """

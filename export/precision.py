@@ -25,7 +25,7 @@ INT8, INT8_ONNXRUNTIME, FLOAT16 = "model.int8.onnx", "model.int8-ort.onnx", "mod
 INT8_BFLOAT16 = "model.int8-bf16.onnx"  # differs from the int8 graph in the layers kept
 # float16 gains nothing on the CPUs measured
 AUTO: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int8-bf16")
-GROUPS = 16  # of neighbouring layers, which the search ranks: bounds it at 16 + 5 trials
+GROUPS = 16  # of neighbouring layers, which the search ranks: bounds it at 16 + 7 trials
 SEARCH_IMAGES = 4
 TIMED_ROUNDS = 15
 TIMED_SECONDS = 30.0
@@ -246,19 +246,38 @@ class _Trial:
     def _search(
         self, member: str, make: Make, layers: Sequence[str], counts: Sequence[int]
     ) -> Candidate:
-        """The first that passes with so many groups kept, or the last one, closed."""
+        """One that passes with few groups kept, or the last one that was refused, closed.
+
+        Between the first count that passes and the one before, the smallest is looked for.
+        """
         if self.name not in self.rankings:
             self.rankings[self.name] = self._ranked(make, layers)
         ranked = self.rankings[self.name]
-        for trial, count in enumerate(counts, 2):
+
+        def keep(count: int) -> Candidate:
             kept = {name for group in ranked[:count] for name in group}
             candidate = self._try(member, make, [n for n in layers if n in kept])
-            if not candidate.report.refused:
+            if candidate.report.refused:
+                candidate.close()
+            return candidate
+
+        failed = 0
+        for trial, count in enumerate(counts, 2):
+            found = keep(count)
+            if not found.report.refused:
                 break
-            candidate.close()
+            failed = count
             if trial <= len(counts):
                 self._tell_trial(trial, 1 + len(counts))
-        return candidate
+        while not found.report.refused and count - failed > 1:
+            middle = (count + failed) // 2
+            fewer = keep(middle)
+            if fewer.report.refused:
+                failed = middle
+            else:
+                found.close()
+                found, count = fewer, middle
+        return found
 
     def _slower(self, candidate: Candidate) -> str:
         """Why a search is not worth it, by a few interleaved runs, or empty."""

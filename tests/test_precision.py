@@ -255,6 +255,29 @@ def test_what_never_passes_is_refused_with_both_reasons(
     assert [step for step in steps if step[0] == "gate"] == [("gate", i, 3) for i in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("needed", range(1, 9))
+def test_no_more_groups_are_kept_than_it_takes(
+    needed: int, monkeypatch: pytest.MonkeyPatch, fast: None, graph: bytes, images: GateImages
+) -> None:
+    layers = [f"layer{i}" for i in range(16)]
+    order = layers[::-1]
+    closed: list[int] = []
+
+    def judged(_: _Trial, member: str, make: object, kept: tuple[str, ...]) -> Candidate:
+        report = gate("onnxruntime", "int8", 0.0, "" if len(kept) >= needed else "too little")
+        runtime = SimpleNamespace(close=lambda: closed.append(len(kept)))
+        variant = Variant(member, "int8", (), ("onnxruntime",), (report,), tuple(kept))
+        return Candidate(cast(Runtime, runtime), variant, b"")
+
+    monkeypatch.setattr(precision, "GROUPS", 16)
+    monkeypatch.setattr(_Trial, "_try", judged)
+    monkeypatch.setattr(_Trial, "_ranked", lambda *_: [(name,) for name in order])
+    found = trial(graph, images, NO_LOSS).judge("model.int8.onnx", lambda kept: b"", layers)
+    assert set(found.variant.kept) == set(order[:needed])
+    assert needed not in closed
+    assert len(closed) == len(set(closed))
+
+
 def test_a_slow_int8_is_refused_before_the_search(
     monkeypatch: pytest.MonkeyPatch, graph: bytes, images: GateImages
 ) -> None:
