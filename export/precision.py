@@ -271,7 +271,11 @@ class _Trial:
                 self._tell_trial(trial, 1 + len(counts))
         while not found.report.refused and count - failed > 1:
             middle = (count + failed) // 2
-            fewer = keep(middle)
+            try:
+                fewer = keep(middle)
+            except BaseException:  # Ctrl-C among others
+                found.close()
+                raise
             if fewer.report.refused:
                 failed = middle
             else:

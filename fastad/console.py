@@ -157,7 +157,7 @@ def precision_parts(variants: Sequence[Variant]) -> list[Any]:
         if r.refused:
             notes.append(f"refused: {r.runtime} {r.precision}: {r.refused}")
         if variant.kept:
-            rest = INT8_REST[r.precision]
+            rest = INT8_REST.get(r.precision, "float32")
             notes.append(
                 f"{r.runtime} {r.precision} keeps {len(variant.kept)} layers in {rest}: "
                 f"{', '.join(variant.kept)}"

@@ -278,6 +278,28 @@ def test_no_more_groups_are_kept_than_it_takes(
     assert len(closed) == len(set(closed))
 
 
+def test_an_interrupted_search_closes_what_had_passed(
+    monkeypatch: pytest.MonkeyPatch, fast: None, graph: bytes, images: GateImages
+) -> None:
+    layers = [f"layer{i}" for i in range(16)]
+    closed: list[int] = []
+
+    def judged(_: _Trial, member: str, make: object, kept: tuple[str, ...]) -> Candidate:
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        report = gate("onnxruntime", "int8", 0.0, "" if len(kept) == 4 else "too little")
+        runtime = SimpleNamespace(close=lambda: closed.append(len(kept)))
+        variant = Variant(member, "int8", (), ("onnxruntime",), (report,), tuple(kept))
+        return Candidate(cast(Runtime, runtime), variant, b"")
+
+    monkeypatch.setattr(precision, "GROUPS", 16)
+    monkeypatch.setattr(_Trial, "_try", judged)
+    monkeypatch.setattr(_Trial, "_ranked", lambda *_: [(name,) for name in layers])
+    with pytest.raises(KeyboardInterrupt):
+        trial(graph, images, NO_LOSS).judge("model.int8.onnx", lambda kept: b"", layers)
+    assert sorted(closed) == [0, 1, 2, 4]
+
+
 def test_a_slow_int8_is_refused_before_the_search(
     monkeypatch: pytest.MonkeyPatch, graph: bytes, images: GateImages
 ) -> None:
