@@ -255,25 +255,36 @@ def test_what_never_passes_is_refused_with_both_reasons(
     assert [step for step in steps if step[0] == "gate"] == [("gate", i, 3) for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("needed", range(1, 9))
-def test_no_more_groups_are_kept_than_it_takes(
-    needed: int, monkeypatch: pytest.MonkeyPatch, fast: None, graph: bytes, images: GateImages
-) -> None:
-    layers = [f"layer{i}" for i in range(16)]
-    order = layers[::-1]
+def search_of_16(
+    monkeypatch: pytest.MonkeyPatch, tried: _Trial, passes: Callable[[int], bool]
+) -> tuple[list[int], Callable[[], Candidate]]:
+    """A search over 16 layers, the last the most sensitive: counts kept that closed, and its run.
+
+    ``passes`` says of a count of layers kept whether the gate lets it through.
+    """
+    layers = [f"layer{i:02}" for i in range(16)]
     closed: list[int] = []
 
     def judged(_: _Trial, member: str, make: object, kept: tuple[str, ...]) -> Candidate:
-        report = gate("onnxruntime", "int8", 0.0, "" if len(kept) >= needed else "too little")
+        refused = "" if passes(len(kept)) else "too little"
         runtime = SimpleNamespace(close=lambda: closed.append(len(kept)))
+        report = gate("onnxruntime", "int8", 0.0, refused)
         variant = Variant(member, "int8", (), ("onnxruntime",), (report,), tuple(kept))
         return Candidate(cast(Runtime, runtime), variant, b"")
 
     monkeypatch.setattr(precision, "GROUPS", 16)
     monkeypatch.setattr(_Trial, "_try", judged)
-    monkeypatch.setattr(_Trial, "_ranked", lambda *_: [(name,) for name in order])
-    found = trial(graph, images, NO_LOSS).judge("model.int8.onnx", lambda kept: b"", layers)
-    assert set(found.variant.kept) == set(order[:needed])
+    monkeypatch.setattr(_Trial, "_ranked", lambda *_: [(name,) for name in layers[::-1]])
+    return closed, lambda: tried.judge("model.int8.onnx", lambda kept: b"", layers)
+
+
+@pytest.mark.parametrize("needed", range(1, 9))
+def test_no_more_groups_are_kept_than_it_takes(
+    needed: int, monkeypatch: pytest.MonkeyPatch, fast: None, graph: bytes, images: GateImages
+) -> None:
+    tried = trial(graph, images, NO_LOSS)
+    closed, run = search_of_16(monkeypatch, tried, lambda kept: kept >= needed)
+    assert run().variant.kept == tuple(f"layer{i:02}" for i in range(16 - needed, 16))
     assert needed not in closed
     assert len(closed) == len(set(closed))
 
@@ -281,22 +292,14 @@ def test_no_more_groups_are_kept_than_it_takes(
 def test_an_interrupted_search_closes_what_had_passed(
     monkeypatch: pytest.MonkeyPatch, fast: None, graph: bytes, images: GateImages
 ) -> None:
-    layers = [f"layer{i}" for i in range(16)]
-    closed: list[int] = []
-
-    def judged(_: _Trial, member: str, make: object, kept: tuple[str, ...]) -> Candidate:
-        if len(kept) == 3:
+    def passes(kept: int) -> bool:
+        if kept == 3:
             raise KeyboardInterrupt
-        report = gate("onnxruntime", "int8", 0.0, "" if len(kept) == 4 else "too little")
-        runtime = SimpleNamespace(close=lambda: closed.append(len(kept)))
-        variant = Variant(member, "int8", (), ("onnxruntime",), (report,), tuple(kept))
-        return Candidate(cast(Runtime, runtime), variant, b"")
+        return kept == 4
 
-    monkeypatch.setattr(precision, "GROUPS", 16)
-    monkeypatch.setattr(_Trial, "_try", judged)
-    monkeypatch.setattr(_Trial, "_ranked", lambda *_: [(name,) for name in layers])
+    closed, run = search_of_16(monkeypatch, trial(graph, images, NO_LOSS), passes)
     with pytest.raises(KeyboardInterrupt):
-        trial(graph, images, NO_LOSS).judge("model.int8.onnx", lambda kept: b"", layers)
+        run()
     assert sorted(closed) == [0, 1, 2, 4]
 
 
