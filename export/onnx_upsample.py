@@ -19,16 +19,14 @@ _PLAIN = {"group": 1, "auto_pad": b"NOTSET"}
 _PLAIN_LISTS = {"pads": 0, "output_padding": 0, "dilations": 1}
 
 
-def spread(model: onnx.ModelProto) -> int:
+def spread(model: onnx.ModelProto) -> None:
     """Replace the nodes that can be, in place; the results are equal up to the order of sums.
 
-    Returns:
-        How many were replaced.
+    Their weights stay behind, unread.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
-    done = 0
     for node in graph.node:
         side = _block(node, constants)
         if side is None:
@@ -49,15 +47,8 @@ def spread(model: onnx.ModelProto) -> int:
                 "DepthToSpace", [inner], node.output, f"{prefix}.spread", blocksize=side
             ),
         ]
-        done += 1
-    if done:
-        del graph.node[:]
-        graph.node.extend(nodes)
-        read = {name for node in nodes for name in node.input}
-        left = [tensor for tensor in graph.initializer if tensor.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(left)
-    return done
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _block(node: NodeProto, constants: dict[str, TensorProto]) -> int | None:

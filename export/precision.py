@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fastad.engine.base import INT8_REST, Precision, Runtime
+from fastad.engine.base import Precision, Runtime, rest_of
 from fastad.engine.container import MODEL
 from fastad.engine.select import PRECISIONS, RUNTIMES, RuntimeName, open_runtime, why_unsupported
 from fastad.errors import EngineError, InputError
@@ -208,11 +208,6 @@ class _Trial:
     # By runtime: what int8 found serves int8-bf16, which rounds the same layers the same way.
     rankings: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
 
-    @property
-    def rest(self) -> str:
-        """What the layers run in that are kept out of int8."""
-        return INT8_REST.get(self.precision, "float32")
-
     def judge(self, member: str, make: Make, layers: Sequence[str]) -> Candidate:
         """Pass, or pass with layers kept, or a candidate that was refused with the first reason."""
         most = min(GROUPS, len(layers)) // 2  # with more than half kept nothing is gained
@@ -227,15 +222,15 @@ class _Trial:
             first.close()
             if slower:
                 reason += (
-                    f"; layers to leave in {self.rest} were not searched for, because even without "
-                    f"them it is {slower}"
+                    f"; layers to leave in {rest_of(self.precision)} were not searched for, "
+                    f"because even without them it is {slower}"
                 )
             else:
                 self._tell_trial(1, trials)
                 found = self._search(member, make, layers, counts)
                 reason += (
                     f"; with the {len(found.variant.kept)} most sensitive of {len(layers)} "
-                    f"layers in {self.rest}: {found.report.refused}"
+                    f"layers in {rest_of(self.precision)}: {found.report.refused}"
                 )
         self._tell_trial(trials, trials)
         if not found.report.refused:

@@ -74,8 +74,8 @@ def to_onnx(method: Method) -> bytes:
     onnxscript.optimizer.fold_constants(
         model, input_size_limit=FOLD_BYTES, output_size_limit=FOLD_BYTES
     )
-    onnxscript.optimizer.remove_unused_nodes(model)
     spread(model)
+    onnxscript.optimizer.remove_unused_nodes(model)
     add_functions(model)
     onnx.checker.check_model(model, full_check=True)
     return cast(bytes, model.SerializeToString())

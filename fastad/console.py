@@ -130,7 +130,7 @@ def fastest_precisions(variants: Sequence[Variant]) -> dict[str, str]:
 
 def precision_parts(variants: Sequence[Variant]) -> list[Any]:
     """The accuracy gate: a table, why precisions were refused, what int8 does not compute."""
-    from fastad.engine.base import INT8_REST
+    from fastad.engine.base import rest_of
 
     rows = [(variant, report) for variant in variants for report in variant.gate]
     if not rows:
@@ -157,10 +157,9 @@ def precision_parts(variants: Sequence[Variant]) -> list[Any]:
         if r.refused:
             notes.append(f"refused: {r.runtime} {r.precision}: {r.refused}")
         if variant.kept:
-            rest = INT8_REST.get(r.precision, "float32")
             notes.append(
-                f"{r.runtime} {r.precision} keeps {len(variant.kept)} layers in {rest}: "
-                f"{', '.join(variant.kept)}"
+                f"{r.runtime} {r.precision} keeps {len(variant.kept)} layers in "
+                f"{rest_of(r.precision)}: {', '.join(variant.kept)}"
             )
     first = rows[0][1]
     table.caption = (

@@ -55,10 +55,9 @@ def test_the_result_is_the_same(side: int, bias: bool) -> None:
     before = model(side, bias=bias, strides=[side, side])
     after = onnx.ModelProto()
     after.CopyFrom(before)
-    assert spread(after) == 1
+    spread(after)
     onnx.checker.check_model(after, full_check=True)
     assert [n.op_type for n in after.graph.node] == ["Relu", "Conv", "DepthToSpace", "Relu"]
-    assert {i.name for i in after.graph.initializer}.isdisjoint({"w", "b"})
     expected = run(before)
     assert expected.shape == (2, C_OUT, H * side, W * side)
     np.testing.assert_allclose(run(after), expected, rtol=1e-6, atol=1e-6)
@@ -68,7 +67,8 @@ def test_stated_defaults_are_no_obstacle() -> None:
     stated = {"pads": [0, 0, 0, 0], "dilations": [1, 1], "output_padding": [0, 0]}
     graph = model(2, strides=[2, 2], auto_pad="NOTSET", **stated)
     expected = run(graph)
-    assert spread(graph) == 1
+    spread(graph)
+    assert "ConvTranspose" not in {node.op_type for node in graph.graph.node}
     np.testing.assert_allclose(run(graph), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_stated_defaults_are_no_obstacle() -> None:
 def test_what_is_no_spread_stays_as_it_is(change: dict[str, Any]) -> None:
     graph = model(**({"side": 2, "strides": [2, 2]} | change))
     before = graph.SerializeToString()
-    assert spread(graph) == 0
+    spread(graph)
     assert graph.SerializeToString() == before
 
 
@@ -101,7 +101,9 @@ def test_a_graph_of_reverse_distillation_has_no_transposed_convolution() -> None
         {"size": [64, 64], "backbone": {"name": "resnet18", "taps": [1, 2, 3]}},
         weights="random",
     )
-    nodes = onnx.load_from_string(to_onnx(method)).graph.node
-    kinds = [node.op_type for node in nodes]
+    graph = onnx.load_from_string(to_onnx(method)).graph
+    kinds = [node.op_type for node in graph.node]
     assert "ConvTranspose" not in kinds
     assert kinds.count("DepthToSpace") == 6
+    read = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= read  # nor its weights

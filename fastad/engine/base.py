@@ -13,7 +13,6 @@ from fastad.errors import InputError
 # ``int8-bf16`` runs an int8 graph with bfloat16 where ``int8`` has float32.
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int8-bf16"]
 Mode = Literal["latency", "throughput"]
-INT8_REST: dict[str, str] = {"int8": "float32", "int8-bf16": "bfloat16"}  # what kept layers run in
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]  # map [B, H, W], raw score [B]
 
 
@@ -36,6 +35,15 @@ class Runtime(Protocol):
 def concurrency(runtime: Runtime) -> int:
     """How many runs at once keep a runtime busy: its ``concurrency``, or 1 if it names none."""
     return int(getattr(runtime, "concurrency", 1))
+
+
+def rest_of(precision: str) -> str:
+    """What layers run in that int8 leaves alone.
+
+    >>> rest_of("int8-bf16")
+    'bfloat16'
+    """
+    return "bfloat16" if precision == "int8-bf16" else "float32"
 
 
 def check_mode(mode: str) -> Mode:
