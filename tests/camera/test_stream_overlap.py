@@ -59,8 +59,8 @@ def test_a_batch_is_resized_while_another_is_in_the_graph(
     caller.start()
     # The caller asks for the second result, then for the third, whose batch is held in the graph;
     # the fourth is resized meanwhile.
-    assert comes_true(lambda: len(resized) == 4)
-    assert runtime.done == 2 and runtime.inside == 1
+    assert comes_true(lambda: len(resized) == 4 and runtime.inside == 1)
+    assert runtime.done == 2
     runtime.let(9)
     caller.join(LONG_S)
     assert shown(found) == [1, 2] and runtime.most_inside == 1
