@@ -123,6 +123,9 @@ def aot() -> list[Aot]:
         ("fp32", 4, 32, 64, 200, "qk"),
         ("fp16", 2, 32, 16, 112, "qk"),
         ("bf16", 2, 32, 64, 192, "k"),
+        ("fp32", 4, 64, 32, 255, "qk"),
+        ("fp16", 2, 64, 64, 255, "qk"),
+        ("fp16", 2, 128, 32, 255, "qk"),
         ("fp32", 4, 128, 16, 255, "qk"),
     ):
         keys = triton_impl.tile_keys(D, itemsize)
@@ -139,6 +142,7 @@ def aot() -> list[Aot]:
                     D, 14, (7, 7), rows, keys, ("q" in positions, "k" in positions)
                 ),
                 num_warps=4 if rows == 64 else 2,
+                num_stages=triton_impl.stages(D, itemsize, "k" in positions),
                 max_registers=ceiling,
                 unaligned=frozenset({"heads", "N"}),
             )

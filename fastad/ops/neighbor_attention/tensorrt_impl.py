@@ -105,6 +105,7 @@ def generate(
         capability,
         aligned=(*pointers, *multiples_of_16(scalars)),
         num_warps=4 if rows == 64 else 2,
+        num_stages=triton_impl.stages(D, itemsize, bool(has_k)),
     )
     programs = q.shape_expr[0] * (heads * -(-N // rows))
     return answer(compiled, (programs, 1, 1), scalars)

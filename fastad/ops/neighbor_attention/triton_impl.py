@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastad.ops.aot import SHARED_LIMIT_BYTES
+
 EXCLUDED = tl.constexpr(-1e30)  # finite: rows that see nothing in a tile stay free of NaN
 
 
@@ -130,7 +132,22 @@ def tile_sizes(programs_of_16: int, D: int, itemsize: int, processors: int) -> t
 
 def tile_keys(D: int, itemsize: int) -> int:
     """BLOCK_N; float32 needs registers for the parts of its three products."""
-    return (64 if D <= 64 else 32) if itemsize == 2 else (32 if D <= 64 else 16)
+    return (64 if D <= 64 else 32) if itemsize == 2 else (32 if D <= 32 else 16)
+
+
+def stages(D: int, itemsize: int, has_k_position: bool) -> int:
+    """Steps of the software pipeline: one where two would not fit into shared memory.
+
+    Counted as keys, values and positions of each step; what layouts need comes on top (2 KiB with
+    triton 3.8, less with 3.9), so that a limit met exactly is one exceeded.
+    """
+    tiles = 3 if has_k_position else 2
+    step_bytes = tiles * tile_keys(D, itemsize) * _block_d(D) * itemsize
+    return 2 if 2 * step_bytes < SHARED_LIMIT_BYTES else 1
+
+
+def _block_d(D: int) -> int:
+    return max(16, int(triton.next_power_of_2(D)))
 
 
 def constants(
@@ -154,7 +171,7 @@ def constants(
         "HAS_K_POS": positions[1],
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": _block_d(D),
     }
 
 
@@ -189,5 +206,5 @@ def neighbor_attention(
             q, k, v, q if q_position is None else q_position,
             k if k_position is None else k_position, heads, N, *strides, out,
             **constants(D, grid[1], window, block_m, block_n, positions),
-            num_warps=num_warps, num_stages=2,
+            num_warps=num_warps, num_stages=stages(D, q.element_size(), positions[1]),
         )  # fmt: skip
