@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu.h"
 #include "parallel.h"
 #include "postprocess.h"
 #include "resize.h"
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_ext, m) {
   m.def("simd_levels", &fastad::simd_levels);
   m.def("simd_level", &fastad::simd_level);
   m.def("set_simd_level", &set_simd_level);
+  m.def("sums_int8_exactly", &fastad::sums_int8_exactly);
   m.def("resize_into", &resize_into);
   m.def("resize_map", &resize_map);
   m.def("threshold_mask", &threshold_mask);

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastad import _native
 from fastad.atomic import check_target
 from fastad.engine import parity
 from fastad.engine.base import Outputs, Precision
@@ -46,6 +47,7 @@ def export_engine(
     mask_folder: str = "ground_truth",
     limits: Limits | None = None,
     weights: bool = False,
+    weight_bits: int | None = None,
     report: Report | None = None,
 ) -> Path:
     """Write the engine file of a trained run.
@@ -70,6 +72,8 @@ def export_engine(
         mask_folder: Name of the folder with masks inside each category of ``test_data``.
         limits: What a precision may lose; None takes the defaults.
         weights: Store the weights as well, for PyTorch on a GPU; about doubles the file.
+        weight_bits: Of int8 weights: 8, which CPUs without dot products of int8 will not run, or 7,
+            which give the same sums on every CPU. None takes 8 where this CPU can judge them.
         report: Receives progress; None is silent.
 
     Returns:
@@ -77,15 +81,18 @@ def export_engine(
 
     Raises:
         InputError: no checkpoint, no images, no test images, an unknown precision, one asked for by
-            name without images that could judge it, or ``out`` has another suffix.
+            name without images that could judge it, ``out`` has another suffix, or ``weight_bits``
+            is neither 7 nor 8.
         UnsupportedError: torch cannot express the method as a graph, no runtime of this machine has
-            a precision that was asked for by name, or onnxruntime's quantizer is missing for it.
+            a precision that was asked for by name, onnxruntime's quantizer is missing for it, or
+            this CPU cannot judge ``weight_bits``.
         EngineError: float32 failed parity, or the file could not be written.
     """
     out = Path(out)
     if out.suffix != ".engine":
         raise InputError(f"out: expected a name ending in .engine, got {out}")
     check_target(out)
+    bits = _weight_bits(weight_bits)
     precisions = parse_precisions(precision)
     by_name = precision != "auto" and list(precision) != ["auto"]
     if reason := _why_not_made(precisions):
@@ -140,7 +147,7 @@ def export_engine(
         held = load_gate_images(_samples(judging), tested, record.spec.input)
         limits = limits or Limits()
         found = try_precisions(
-            graph, precisions, _read(ranges, record), held, threshold, limits, report
+            graph, precisions, _read(ranges, record), held, threshold, limits, report, bits
         )
         try:
             lower = [c for c in found if c.variant.precision != "fp32"]
@@ -162,6 +169,21 @@ def export_engine(
     written = write_engine(out, manifest, members)
     _tell(report, 4, "written")
     return written
+
+
+def _weight_bits(asked: int | None) -> int:
+    """Of int8 weights, checked."""
+    exactly = _native.sums_int8_exactly()
+    if asked is None:
+        return 8 if exactly else 7
+    if isinstance(asked, bool) or asked not in (7, 8):
+        raise InputError(f"weight_bits: expected 7 or 8, got {asked!r}")
+    if asked == 8 and not exactly:
+        raise UnsupportedError(
+            "weight_bits: this CPU has no dot products of int8 (AVX512-VNNI or AVX-VNNI): sums of "
+            "8-bit weights saturate here, and it cannot judge them; pass 7, or export elsewhere"
+        )
+    return asked
 
 
 def _why_not_made(precisions: Sequence[Precision]) -> str:

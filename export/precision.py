@@ -89,6 +89,7 @@ def try_precisions(
     threshold: float | None,
     limits: Limits,
     report: Report | None = None,
+    weight_bits: int = 8,
 ) -> list[Candidate]:
     """Every runtime of this machine in every precision, judged and timed, float32 first.
 
@@ -100,6 +101,7 @@ def try_precisions(
         threshold: The calibrated one, for the false-alarm rate.
         limits: What may be lost.
         report: Receives progress.
+        weight_bits: Of int8 weights, 8 or 7.
 
     Returns:
         One candidate for each runtime and precision this machine can run; the caller closes them.
@@ -109,7 +111,7 @@ def try_precisions(
     quantizer: Quantizer | None = None
     if not {"fp32", "bf16"}.issuperset(precisions):
         _tell(report, "ranges", 1, 1, f"{len(calibration_images)} images")
-        quantizer = Quantizer(graph, calibration_images)
+        quantizer = Quantizer(graph, calibration_images, weight_bits)
     with ExitStack() as opened:  # whatever is raised, nothing stays open
         for name in RUNTIMES:
             if why_unsupported(name, "fp32"):
@@ -122,7 +124,10 @@ def try_precisions(
             for precision in precisions:
                 if precision == "fp32" or why_unsupported(name, precision):
                     continue
-                trial = _Trial(name, precision, reference, threshold, limits, report, rankings)
+                trial = _Trial(
+                    *(name, precision, reference, threshold, limits, report),
+                    *(weight_bits, rankings),
+                )
                 if precision == "bf16":
                     # OpenVINO decides per operator itself: no layer can be kept in float32
                     candidate = trial.judge(MODEL, lambda kept: graph, ())
@@ -205,6 +210,7 @@ class _Trial:
     threshold: float | None
     limits: Limits
     progress: Report | None
+    weight_bits: int = 8
     # By runtime: what int8 found serves int8-bf16, which rounds the same layers the same way.
     rankings: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
 
@@ -311,7 +317,8 @@ class _Trial:
             runtime = None
             report = unusable(self.name, self.precision, self.reference.images, str(error))
         gate = (judge(report, self.limits, self.reference.images),)
-        variant = Variant(member, self.precision, (), (self.name,), gate, tuple(kept))
+        runtimes, bits = (self.name,), self.weight_bits
+        variant = Variant(member, self.precision, (), runtimes, gate, tuple(kept), bits)
         return Candidate(runtime, variant, graph)
 
     def _ranked(self, make: Make, layers: Sequence[str]) -> list[tuple[str, ...]]:

@@ -143,9 +143,11 @@ class Quantizer:
     Args:
         graph: ONNX bytes with input ``image``; local functions are inlined.
         images: Normal images, uint8 RGB [N, H, W, 3], at model size.
+        weight_bits: 8, or 7: products of those fit in pairs into 16 bits, where CPUs without dot
+            products of int8 add them up (`fastad._native.sums_int8_exactly`).
     """
 
-    def __init__(self, graph: bytes, images: NDArray[np.uint8]) -> None:
+    def __init__(self, graph: bytes, images: NDArray[np.uint8], weight_bits: int = 8) -> None:
         from onnxruntime.quantization.calibrate import (
             CalibrationDataReader,
             CalibrationMethod,
@@ -154,6 +156,7 @@ class Quantizer:
 
         self._model, self._inlined = _prepare(graph)
         self.parts = _parts(self._model, self._inlined)
+        self._weight_bits = weight_bits
         self._whole: dict[bool, ModelProto] = {}  # by symmetry, every layer quantised
         reader = type("Reader", (_Images, CalibrationDataReader), {})
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +213,7 @@ class Quantizer:
         quantizer = QDQQuantizer(
             _copy(self._model),
             True,  # per channel
-            False,  # no reduced range: it helps CPUs without VNNI only, and costs a bit
+            self._weight_bits == 7,
             QuantType.QInt8,
             QuantType.QInt8 if symmetric else QuantType.QUInt8,
             self._ranges,

@@ -23,6 +23,7 @@ __all__ = [
     "resize_into",
     "resize_map",
     "set_threads",
+    "sums_int8_exactly",
     "threads",
     "threshold_mask",
 ]
@@ -69,6 +70,16 @@ def set_threads(count: int) -> None:
     if not isinstance(count, int) or not 1 <= count <= 256:
         raise InputError(f"count: expected an integer from 1 to 256, got {count!r}")
     _ext.set_threads(count)
+
+
+def sums_int8_exactly() -> bool:
+    """Whether kernels for int8 sum products exactly on this CPU.
+
+    Those for x86 CPUs without AVX512-VNNI and AVX-VNNI add pairs of products in 16 bits, which
+    saturates unless one factor has 7 bits.
+    """
+    exactly: bool = _ext.sums_int8_exactly()
+    return exactly
 
 
 def resize_into(

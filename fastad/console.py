@@ -143,6 +143,8 @@ def precision_parts(variants: Sequence[Variant]) -> list[Any]:
         table.add_column(head, justify="right", no_wrap=True)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     notes = []
+    if any(v.weight_bits == 7 and not r.refused for v, r in rows):
+        notes.append("int8 weights have 7 bits: their sums are the same on every CPU")
     for variant, r in rows:
         changes = (r.image_auroc_change, r.pixel_auroc_change, r.aupro_change)
         table.add_row(
@@ -215,5 +217,10 @@ def diagnosis_tables(found: Diagnosis) -> list[Any]:
     for row in found.runtimes:
         table.add_row(row.device, row.runtime, row.precision, escape(row.reason or "yes"))
     packages = ", ".join(f"{k} {v or 'absent'}" for k, v in found.packages.items())
-    note = "the GPU runtimes are not yet run on hardware"
-    return [table, f"{found.cores} cores; {packages}", note]
+    notes = ["the GPU runtimes are not yet run on hardware"]
+    if found.int8_weight_bits < 8:
+        notes.append(
+            "int8: this CPU has no dot products of int8 (AVX512-VNNI or AVX-VNNI): graphs with "
+            "7-bit weights run, as exported here; those with 8-bit weights would saturate"
+        )
+    return [table, f"{found.cores} cores; {packages}", *notes]

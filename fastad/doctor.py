@@ -36,6 +36,7 @@ class Diagnosis:
     machine: str
     cores: int
     native_threads: int
+    int8_weight_bits: int  # 8, or 7 where sums of 8-bit weights saturate and do not run
     packages: dict[str, str | None]
     runtimes: tuple[Finding, ...]
 
@@ -51,6 +52,7 @@ def diagnose() -> Diagnosis:
         machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         cores=core_count(),
         native_threads=_native.threads(),
+        int8_weight_bits=8 if _native.sums_int8_exactly() else 7,
         packages={name: _version(name) for name in PACKAGES},
         runtimes=(
             *(

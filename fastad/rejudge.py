@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastad import calibration
 from fastad.engine.container import EngineFile, read_engine
-from fastad.engine.select import open_runtime
+from fastad.engine.select import open_runtime, why_inexact
 from fastad.errors import EngineError, FastadWarning, UnsupportedError
 from fastad.spec import GateReport, Variant
 from fastad.training.folder import Sample, load_images
@@ -115,7 +115,7 @@ def _judge_variant(scorer: _Scorer, variant: Variant, threshold: float) -> Varia
     """The variant with new alarms and reasons."""
     gate, flips = [], {}
     for report in variant.gate:
-        judged, flips[report.runtime] = _judge(scorer, variant.member, report, threshold)
+        judged, flips[report.runtime] = _judge(scorer, variant, report, threshold)
         gate.append(judged)
     parity = []
     for p in variant.parity:
@@ -125,13 +125,15 @@ def _judge_variant(scorer: _Scorer, variant: Variant, threshold: float) -> Varia
 
 
 def _judge(
-    scorer: _Scorer, member: str, report: GateReport, threshold: float
+    scorer: _Scorer, variant: Variant, report: GateReport, threshold: float
 ) -> tuple[GateReport, int | None]:
     """One report with new alarms, and how many decisions differ from float32's, if it ran."""
     name = report.runtime
     try:
+        if inexact := why_inexact(variant):
+            raise UnsupportedError(inexact)
         full = scorer.full_scores(name)
-        own = scorer.scores(member, name, report.precision)
+        own = scorer.scores(variant.member, name, report.precision)
     except (EngineError, UnsupportedError) as error:
         reason = f"the threshold changed after the gate; export again: {error}"
         return _with_alarms(report, None, reason), None

@@ -121,7 +121,8 @@ class Variant:
     """One graph inside the engine file.
 
     ``runtimes`` may load it for ``precision``; several variants may share a member. ``kept`` names
-    the layers that int8 leaves alone beyond its own rules.
+    the layers that int8 leaves alone beyond its own rules. int8 ``weight_bits`` of 7 give the same
+    sums on every CPU; those of 8 need instructions that old ones lack.
     """
 
     member: str
@@ -130,6 +131,7 @@ class Variant:
     runtimes: tuple[str, ...] = ("openvino", "onnxruntime")
     gate: tuple[GateReport, ...] = ()
     kept: tuple[str, ...] = ()
+    weight_bits: int = 8
 
 
 @dataclass(frozen=True)

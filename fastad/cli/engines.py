@@ -39,6 +39,10 @@ def export(
     weights: Annotated[
         bool, typer.Option("--weights", help="Store weights too, for PyTorch on a GPU.")
     ] = False,
+    int8_weight_bits: Annotated[
+        int | None,
+        typer.Option(help="8, or 7 for the same sums on every CPU. Default: what this CPU sums."),
+    ] = None,
     format_: Annotated[
         str, typer.Option("--format", help="engine; or plain files: onnx, openvino, plan.")
     ] = "engine",
@@ -50,10 +54,10 @@ def export(
     from fastad.images import expand
 
     if format_ != "engine":
-        if images or test_data or weights or precision != "auto":
+        if images or test_data or weights or int8_weight_bits or precision != "auto":
             raise InputError(
-                f"--format {format_}: writes the float32 graph; --images, --precision, --test-data "
-                "and --weights belong to --format engine"
+                f"--format {format_}: writes the float32 graph; --images, --precision, "
+                "--test-data, --int8-weight-bits and --weights belong to --format engine"
             )
         with Bars() as bars:
             plain_file = export_plain(run, out, format_, report=bars)
@@ -69,6 +73,7 @@ def export(
             test_data=test_data,
             mask_folder=mask_folder,
             weights=weights,
+            weight_bits=int8_weight_bits,
             report=bars,
         )
     with read_engine(path) as engine:

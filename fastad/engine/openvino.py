@@ -27,7 +27,7 @@ _HINTS: dict[Precision, str] = {
     "int8-bf16": "bf16",
 }
 _BF16 = ("BF16", "BF16 instructions (AVX512-BF16 or AMX)")
-_INT8 = ("INT8", "INT8 instructions (AVX512-VNNI, AVX-VNNI or AMX)")
+_INT8 = ("INT8", "INT8 kernels")  # every x86 CPU has some; `select.why_inexact` says which saturate
 _NEEDS = {"bf16": (_BF16,), "int8": (_INT8,), "int8-bf16": (_INT8, _BF16)}
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fastad.engine.base import Outputs, Precision, Runtime
 from fastad.engine.container import read_engine
 from fastad.engine.opening import GPU_RUNTIMES, open_engine, why_engine_unsupported
-from fastad.engine.select import RUNTIMES, RuntimeName, open_runtime, why_unsupported
+from fastad.engine.select import RUNTIMES, RuntimeName, open_runtime, why_inexact, why_unsupported
 from fastad.errors import EngineError
 from fastad.spec import ParityReport
 
@@ -86,6 +86,9 @@ def verify(path: str | PathLike[str]) -> tuple[list[ParityReport], list[str]]:
     full, *lower = manifest.variants
     runs = [(full.member, str(name), "fp32", MAP_LIMIT) for name in RUNTIMES]
     for variant in lower:
+        if reason := why_inexact(variant):
+            absent.append(reason)
+            continue
         runs += [(variant.member, r.runtime, r.precision, _limit(r)) for r in variant.parity]
     threshold = manifest.calibration.pooled.value if manifest.calibration else None
     reference = (golden.anomaly_map, golden.raw_score)

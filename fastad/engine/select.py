@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from fastad import _native
 from fastad.engine import onnxruntime, openvino
 from fastad.engine.base import Precision, Runtime, check_mode, check_threads
 from fastad.errors import EngineError, InputError, UnsupportedError
@@ -36,6 +37,19 @@ def why_unsupported(runtime: RuntimeName, precision: Precision) -> str | None:
     if runtime == "openvino":
         return openvino.why_unsupported(precision)
     return onnxruntime.why_unsupported(precision)
+
+
+def why_inexact(variant: Variant) -> str | None:
+    """Why a variant's sums would not be those that its gate judged, or None if they are."""
+    if not variant.precision.startswith("int8") or variant.weight_bits < 8:
+        return None
+    if _native.sums_int8_exactly():
+        return None
+    return (
+        f"{variant.precision}: this CPU has no dot products of int8 (AVX512-VNNI or AVX-VNNI), and "
+        "sums of 8-bit weights would saturate; export with --int8-weight-bits 7, as is done by "
+        "itself on such a CPU"
+    )
 
 
 def choose(variants: Sequence[Variant], runtime: str, precision: str, device: str) -> Choice:
@@ -82,6 +96,8 @@ def choose(variants: Sequence[Variant], runtime: str, precision: str, device: st
             )
         elif sentence := _refusal(held[0], name):
             refusal = refusal or EngineError(sentence)
+        elif reason := why_inexact(held[0]):
+            reasons.append(f"{name} {reason}")
         else:
             return Choice(held[0].member, name, wanted)
     raise refusal or UnsupportedError("; ".join(reasons))
@@ -118,7 +134,7 @@ def _fastest(variants: Sequence[Variant], runtime: RuntimeName) -> Choice:
             continue
         precision = cast(Precision, variant.precision)
         reason = _refusal(variant, runtime) or why_unsupported(runtime, precision)
-        if reason:
+        if reason := reason or why_inexact(variant):
             log.info("auto: not %s %s: %s", runtime, precision, reason)
         elif report.ms_batch1 > least:
             log.info(
