@@ -29,7 +29,13 @@ from fastad.engine.base import Precision, Runtime, core_count
 from fastad.engine.container import read_engine
 from fastad.engine.parity import check, compare
 from fastad.engine.pytorch import PyTorchRuntime
-from fastad.engine.select import RUNTIMES, RuntimeName, open_runtime, why_unsupported
+from fastad.engine.select import (
+    RUNTIMES,
+    RuntimeName,
+    open_runtime,
+    why_inexact,
+    why_unsupported,
+)
 from fastad.spec import GateReport, Manifest, Variant
 from fastad.training.checkpoint import load_checkpoint
 
@@ -109,7 +115,7 @@ def ways(manifest: Manifest) -> Iterator[Way]:
     """What of an engine runs here; bfloat16 of an engine without a gate too, as `load` allows."""
     for variant in manifest.variants:
         precision = cast(Precision, variant.precision)
-        if absent(manifest, variant):
+        if absent(manifest, variant) or why_inexact(variant):
             continue
         for runtime in RUNTIMES:
             if runtime in variant.runtimes and why_unsupported(runtime, precision) is None:

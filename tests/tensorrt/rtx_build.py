@@ -1,14 +1,16 @@
-"""Build a graph with TensorRT-RTX for chips that are not here, by the code of `fastad build`.
+"""Build graphs with TensorRT-RTX for chips that are not here, by the code of `fastad build`.
 
-A process of its own: TensorRT-RTX and whatever else a test loads need not agree on libraries.
-Reads ONNX from stdin and chips from the command line; prints one JSON line: bytes of a plan per
-chip, or what was refused.
+A process of its own: TensorRT-RTX and whatever else a test loads need not agree on libraries. One
+for all graphs, because importing the export takes longer than building. Reads a JSON line for each
+graph, the path of its ONNX file and the chips; answers with one: bytes of a plan per chip, or what
+was refused.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import tensorrt_rtx
@@ -34,4 +36,6 @@ def build(graph: bytes, chips: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(build(sys.stdin.buffer.read(), sys.argv[1:])))
+    for line in sys.stdin:
+        path, *chips = json.loads(line)
+        print(json.dumps(build(Path(path).read_bytes(), chips)), flush=True)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,51 +41,85 @@ def method(name: str) -> Method:
 
 @cache
 def graph(name: str, precision: str) -> bytes:
-    wide = to_onnx(method(name))
     if precision == "fp32":
-        return wide
-    size = method(name).input.size
-    images = np.random.default_rng(0).integers(0, 256, (4, *size, 3), dtype=np.uint8)
-    quantizer = Quantizer(wide, images)
-    return quantizer.int8("s8") if precision == "int8" else quantizer.float16()
-
-
-def build_plans(data: bytes, *chips: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, SCRIPT, *chips], input=data, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+        return to_onnx(method(name))
+    return quantizer(name).int8("s8") if precision == "int8" else quantizer(name).float16()
 
 
 @cache
-def plans(name: str, precision: str) -> dict[str, Any]:
-    return build_plans(graph(name, precision), *CHIPS[precision])
+def quantizer(name: str) -> Quantizer:
+    size = method(name).input.size
+    images = np.random.default_rng(0).integers(0, 256, (4, *size, 3), dtype=np.uint8)
+    return Quantizer(graph(name, "fp32"), images)
+
+
+class Builder:
+    """A process that builds; its messages go to a file in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._known = folder, {}
+        with (folder / "messages").open("wb") as messages:
+            self._process = subprocess.Popen(
+                [sys.executable, SCRIPT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                text=True,
+            )
+
+    def build(self, data: bytes, *chips: str) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        path = self._folder / "graph.onnx"
+        path.write_bytes(data)
+        print(json.dumps([str(path), *chips]), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        assert line, (self._folder / "messages").read_text()[-3000:]
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def plans(self, name: str, precision: str) -> dict[str, Any]:
+        key = name, precision
+        if key not in self._known:
+            self._known[key] = self.build(graph(name, precision), *CHIPS[precision])
+        return self._known[key]
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
+    builder = Builder(tmp_path_factory.mktemp("rtx"))
+    yield builder
+    builder.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("name", methods())
-def test_every_exported_file_builds_for_every_chip(name: str, precision: str) -> None:
-    found = plans(name, precision)
+def test_every_exported_file_builds_for_every_chip(
+    builder: Builder, name: str, precision: str
+) -> None:
+    found = builder.plans(name, precision)
     assert "refused" not in found, found
     print(f"{name} {precision}: {found['bytes']}")
     assert set(found["bytes"]) == set(CHIPS[precision])
     assert all(size > 10_000 for size in found["bytes"].values())
 
 
-def test_int8_plans_are_smaller() -> None:
-    wide, narrow = (plans("rd4ad", p)["bytes"]["SM89"] for p in ("fp32", "int8"))
+def test_int8_plans_are_smaller(builder: Builder) -> None:
+    wide, narrow = (builder.plans("rd4ad", p)["bytes"]["SM89"] for p in ("fp32", "int8"))
     assert narrow < 0.5 * wide
 
 
-def test_operators_are_built_from_their_functions() -> None:
+def test_operators_are_built_from_their_functions(builder: Builder) -> None:
     assert operators(graph("uniad", "fp32"))
-    assert "refused" not in plans("uniad", "fp32")
+    assert "refused" not in builder.plans("uniad", "fp32")
 
 
-def test_names_what_the_parser_refuses() -> None:
+def test_names_what_the_parser_refuses(builder: Builder) -> None:
     import onnx
 
     model = onnx.load_from_string(graph("rd4ad", "fp32"))
     model.graph.node[-1].op_type, model.graph.node[-1].domain = "Unheard", "elsewhere"
-    found = build_plans(model.SerializeToString(), "SM89")
+    found = builder.build(model.SerializeToString(), "SM89")
     assert "parse failed" in found["refused"] and "Unheard" in found["refused"]
