@@ -280,6 +280,19 @@ def test_openvino_needs_neither_functions_nor_the_onnx_package(
     assert done.stdout.strip() == str((1, *built.input.size))
 
 
+def test_openvino_moves_no_pixels_before_the_first_layer(
+    exported: tuple[Method, onnx.ModelProto],
+) -> None:
+    model = exported[1]
+    read = read_model(ov.Core(), model.SerializeToString())
+    read.reshape([1, *exported[0].input.size, 3])
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(read, "CPU", hint)
+    kinds = [op.get_rt_info()["layerType"] for op in compiled.get_runtime_model().get_ordered_ops()]
+    before = kinds[: kinds.index("Convolution")]
+    assert before and "Transpose" not in before
+
+
 def test_names_are_no_standard_operators() -> None:
     """NVIDIA's parser ignores domains, and overloads run the first body."""
     ours = [name.lower() for name in translations()]

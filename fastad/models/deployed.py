@@ -18,12 +18,15 @@ class DeployedGraph(nn.Module):
         super().__init__()
         self.method = method
         mean, std = torch.tensor(method.input.mean), torch.tensor(method.input.std)
-        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+        # A row of pixels, because runtimes are slow at repeating three values.
+        W = method.input.size[1]
+        self.register_buffer("scale", (1.0 / (255.0 * std)).repeat(W, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).repeat(W, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """``image`` uint8 [B, H, W, 3] RGB; map float32 [B, H, W], raw score float32 [B]."""
-        # Cast before the axes move: TensorRT transposes no uint8, and CPUs take the same time.
-        x = image.float().permute(0, 3, 1, 2) * self.scale + self.shift
-        anomaly_map, raw_score = self.method(x)
+        # All in the order that pixels come in, and then the axes move: a runtime whose first layer
+        # wants channels last moves nothing. TensorRT could not transpose uint8 anyway.
+        x = image.float() * self.scale + self.shift
+        anomaly_map, raw_score = self.method(x.permute(0, 3, 1, 2))
         return anomaly_map, raw_score
