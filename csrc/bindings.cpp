@@ -4,14 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu.h"
+#include "enlarge.h"
 #include "parallel.h"
-#include "postprocess.h"
+#include "regions.h"
 #include "resize.h"
 
 namespace py = pybind11;
@@ -57,14 +58,42 @@ FloatMap resize_map(const FloatMap& map, int height, int width) {
   return out;
 }
 
-Mask threshold_mask(const FloatMap& map, double threshold) {
-  Mask mask({map.shape(0), map.shape(1)});
-  const float* from = map.data();
+fastad::Enlarged enlarged(const FloatMap& map, int height, int width,
+                          const std::optional<Mask>& counted) {
+  return {map.data(),
+          static_cast<int>(map.shape(0)),
+          static_cast<int>(map.shape(1)),
+          height,
+          width,
+          counted ? reinterpret_cast<const uint8_t*>(counted->data()) : nullptr};
+}
+
+Mask mask_above(const FloatMap& map, int height, int width, double threshold,
+                const std::optional<Mask>& counted) {
+  Mask mask({height, width});
+  const fastad::Enlarged from = enlarged(map, height, width, counted);
   auto* to = reinterpret_cast<uint8_t*>(mask.mutable_data());
-  const auto count = static_cast<size_t>(map.size());
   const py::gil_scoped_release release;
-  fastad::threshold_mask(from, count, threshold, to);
+  fastad::mask_above(from, threshold, to);
   return mask;
+}
+
+template <typename T>
+py::array_t<T> array_of(const std::vector<T>& values, std::vector<py::ssize_t> shape) {
+  return py::array_t<T>(std::move(shape), values.data());
+}
+
+py::tuple regions_above(const FloatMap& map, int height, int width, double threshold,
+                        const std::optional<Mask>& counted) {
+  fastad::Regions regions;
+  const fastad::Enlarged from = enlarged(map, height, width, counted);
+  {
+    const py::gil_scoped_release release;
+    regions = fastad::regions_above(from, threshold);
+  }
+  const auto count = static_cast<py::ssize_t>(regions.areas.size());
+  return py::make_tuple(array_of(regions.boxes, {count, 4}), array_of(regions.areas, {count}),
+                        array_of(regions.peaks, {count}), array_of(regions.means, {count}));
 }
 
 std::pair<Labels, int> connected_components(const Mask& mask) {
@@ -79,27 +108,6 @@ std::pair<Labels, int> connected_components(const Mask& mask) {
     count = fastad::connected_components(from, height, width, to);
   }
   return {std::move(labels), count};
-}
-
-template <typename T>
-py::array_t<T> array_of(const std::vector<T>& values, std::vector<py::ssize_t> shape) {
-  return py::array_t<T>(std::move(shape), values.data());
-}
-
-py::tuple region_stats(const Labels& labels, int count, const FloatMap& map) {
-  fastad::Regions regions;
-  const int32_t* from = labels.data();
-  const float* values = map.data();
-  const auto height = static_cast<int>(labels.shape(0));
-  const auto width = static_cast<int>(labels.shape(1));
-  bool fits = false;
-  {
-    const py::gil_scoped_release release;
-    fits = fastad::region_stats(from, values, height, width, count, regions);
-  }
-  if (!fits) throw std::out_of_range("a label lies outside 0..count");
-  return py::make_tuple(array_of(regions.boxes, {count, 4}), array_of(regions.areas, {count}),
-                        array_of(regions.peaks, {count}), array_of(regions.means, {count}));
 }
 
 void set_simd_level(const std::string& name) {
@@ -118,7 +126,7 @@ PYBIND11_MODULE(_ext, m) {
   m.def("sums_int8_exactly", &fastad::sums_int8_exactly);
   m.def("resize_into", &resize_into);
   m.def("resize_map", &resize_map);
-  m.def("threshold_mask", &threshold_mask);
+  m.def("mask_above", &mask_above);
+  m.def("regions_above", &regions_above);
   m.def("connected_components", &connected_components);
-  m.def("region_stats", &region_stats);
 }

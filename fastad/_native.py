@@ -19,13 +19,13 @@ from fastad.errors import EngineError, InputError
 __all__ = [
     "Regions",
     "connected_components",
-    "region_stats",
+    "mask_above",
+    "regions_above",
     "resize_into",
     "resize_map",
     "set_threads",
     "sums_int8_exactly",
     "threads",
-    "threshold_mask",
 ]
 
 # Sizes travel as C int, and 2^24 is the last size whose pixel edges float32 boxes can name.
@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 
 
 class Regions(NamedTuple):
-    """What `region_stats` measures, one row per region."""
+    """What `regions_above` measures, one row per region."""
 
     box: npt.NDArray[np.int32]  # [N, 4] x0 y0 x1 y1 in pixels, ends exclusive
     area_px: npt.NDArray[np.int64]  # [N]
@@ -141,35 +141,57 @@ def resize_map(
     array([[0.  , 0.25, 0.75, 1.  ]], dtype=float32)
     """
     _check_plane("anomaly_map", anomaly_map, np.float32)
-    is_pair = isinstance(size, Sequence) and len(size) == 2
-    if not is_pair or not all(isinstance(side, int | np.integer) for side in size):
-        raise InputError(f"size: expected (H, W), two integers, got {size!r}")
-    if not _sides_fit(size):
-        raise InputError(f"size: expected sides of 1 to {_LARGEST_SIDE_PX} px, got {size}")
+    _check_size(size)
     result: npt.NDArray[np.float32] = _ext.resize_map(np.ascontiguousarray(anomaly_map), *size)
     return result
 
 
-def threshold_mask(
-    anomaly_map: npt.NDArray[np.float32],  # [H, W]
+def mask_above(
+    anomaly_map: npt.NDArray[np.float32],  # [h, w]
+    size: tuple[int, int],  # (H, W)
     threshold: float,
+    counted: npt.NDArray[np.bool_] | None = None,  # [H, W]
 ) -> npt.NDArray[np.bool_]:  # [H, W]
-    """True where the map is strictly above the threshold.
+    """True where the map, resized as `resize_map` does it, is strictly above the threshold.
 
-    The comparison is exact: ``threshold`` is not rounded to float32 first. NaN is never above.
+    The resized map is not made: only what may be above is computed, so that a map that is below
+    everywhere costs next to nothing. The comparison is exact: ``threshold`` is not rounded to
+    float32 first. NaN is never above.
+
+    Args:
+        anomaly_map: At model size.
+        size: Of the image.
+        threshold: A map value.
+        counted: Where it is False the mask is False; None counts all.
 
     Raises:
-        InputError: ``anomaly_map`` is not float32 [H, W] or empty, or ``threshold`` is NaN.
+        InputError: ``anomaly_map`` is not float32 [h, w] or empty, ``size`` is not (H, W),
+            ``threshold`` is NaN, or ``counted`` is not bool [H, W].
 
-    >>> threshold_mask(np.array([[0.0, 0.5, 1.0]], np.float32), 0.5)
-    array([[False, False,  True]])
+    >>> mask_above(np.array([[0.0, 1.0]], np.float32), (1, 4), 0.5)
+    array([[False, False,  True,  True]])
     """
-    _check_plane("anomaly_map", anomaly_map, np.float32)
-    if math.isnan(threshold):
-        raise InputError("threshold: expected a number, got NaN; calibrate first or pass one")
-    flat = np.ascontiguousarray(anomaly_map)
-    result: npt.NDArray[np.bool_] = _ext.threshold_mask(flat, float(threshold))
+    result: npt.NDArray[np.bool_] = _ext.mask_above(
+        *_enlarged(anomaly_map, size, threshold, counted)
+    )
     return result
+
+
+def regions_above(
+    anomaly_map: npt.NDArray[np.float32],  # [h, w]
+    size: tuple[int, int],  # (H, W)
+    threshold: float,
+    counted: npt.NDArray[np.bool_] | None = None,  # [H, W]
+) -> Regions:
+    """Measure the 8-connected regions of `mask_above`, without making the mask.
+
+    They come in raster order of their first pixel. Means are summed in float64. Arguments and
+    errors are those of `mask_above`.
+
+    >>> regions_above(np.array([[0.0, 1.0]], np.float32), (1, 4), 0.5).box
+    array([[2, 0, 4, 1]], dtype=int32)
+    """
+    return Regions(*_ext.regions_above(*_enlarged(anomaly_map, size, threshold, counted)))
 
 
 def connected_components(
@@ -192,40 +214,6 @@ def connected_components(
     return labels, count
 
 
-def region_stats(
-    labels: npt.NDArray[np.int32],  # [H, W] values 0..count
-    count: int,
-    anomaly_map: npt.NDArray[np.float32],  # [H, W]
-) -> Regions:
-    """Measure labelled regions on the anomaly map they were cut from.
-
-    A label that occurs nowhere gets box and area 0, peak and mean NaN. Peaks pass over NaN values.
-    Means are summed in float64.
-
-    Raises:
-        InputError: ``labels`` is not int32 [H, W], ``anomaly_map`` not float32 of that shape,
-            ``count`` is negative, or a label lies outside 0..count.
-    """
-    _check_plane("labels", labels, np.int32)
-    _check_plane("anomaly_map", anomaly_map, np.float32)
-    if labels.shape != anomaly_map.shape:
-        raise InputError(
-            f"anomaly_map: expected the shape of labels, {labels.shape}, got {anomaly_map.shape}"
-        )
-    if count < 0:
-        raise InputError(f"count: expected 0 or more, got {count}")
-    try:
-        stats = _ext.region_stats(
-            np.ascontiguousarray(labels), count, np.ascontiguousarray(anomaly_map)
-        )
-    except IndexError:
-        raise InputError(
-            f"labels: expected values in 0..{count}, got {labels.min()}..{labels.max()}; "
-            "pass the count that connected_components returned"
-        ) from None
-    return Regions(*stats)
-
-
 def _describe(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
@@ -237,6 +225,33 @@ def _check_plane(name: str, plane: object, dtype: type[np.generic]) -> None:
     if not fits or not isinstance(plane, np.ndarray) or not _sides_fit(plane.shape):
         wanted = np.dtype(dtype).name
         raise InputError(f"{name}: expected {wanted} [H, W], not empty, got {_describe(plane)}")
+
+
+def _check_size(size: object) -> None:
+    is_pair = isinstance(size, Sequence) and len(size) == 2
+    if not is_pair or not all(isinstance(side, int | np.integer) for side in size):
+        raise InputError(f"size: expected (H, W), two integers, got {size!r}")
+    if not _sides_fit(size):
+        raise InputError(f"size: expected sides of 1 to {_LARGEST_SIDE_PX} px, got {size}")
+
+
+def _enlarged(
+    anomaly_map: npt.NDArray[np.float32],
+    size: tuple[int, int],
+    threshold: float,
+    counted: npt.NDArray[np.bool_] | None,
+) -> tuple[Any, ...]:
+    """Checked arguments of `mask_above` and `regions_above`, as C++ takes them."""
+    _check_plane("anomaly_map", anomaly_map, np.float32)
+    _check_size(size)
+    if math.isnan(threshold):
+        raise InputError("threshold: expected a number, got NaN; calibrate first or pass one")
+    if counted is not None:
+        _check_plane("counted", counted, np.bool_)
+        if counted.shape != tuple(size):
+            raise InputError(f"counted: expected bool {list(size)}, got {_describe(counted)}")
+        counted = np.ascontiguousarray(counted)
+    return np.ascontiguousarray(anomaly_map), *size, float(threshold), counted
 
 
 def _check_batch(out: object) -> None:

@@ -22,10 +22,14 @@ class Region:
     mean: float
 
 
-def find_regions(anomaly_map: Map, mask: NDArray[np.bool_]) -> tuple[Region, ...]:
-    """Connected parts (8 neighbours) of ``mask`` [H, W], highest peak first."""
-    labels, count = _native.connected_components(mask)
-    stats = _native.region_stats(labels, count, anomaly_map)
+def find_regions(
+    model_map: Map,  # [h, w]
+    size: tuple[int, int],  # (H, W) of the image
+    value: float,
+    counted: NDArray[np.bool_] | None,  # [H, W]
+) -> tuple[Region, ...]:
+    """Connected parts (8 neighbours) of the image where its map is above, highest peak first."""
+    stats = _native.regions_above(model_map, size, value, counted)
     found = [
         Region((int(x0), int(y0), int(x1), int(y1)), int(area), float(peak), float(mean))
         for (x0, y0, x1, y1), area, peak, mean in zip(

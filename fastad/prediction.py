@@ -93,22 +93,28 @@ class Prediction:
         Raises:
             InputError: the engine is not calibrated; use ``mask_at(value)``.
         """
+        return self.mask_at(self._mask_value())
+
+    def mask_at(self, value: float) -> NDArray[np.bool_]:
+        """bool [H, W] at original size: counting pixels with an anomaly map above ``value``."""
+        return _native.mask_above(self.model_map, self.orig_shape, value, self.counted)
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """Connected parts of ``pred_mask``, highest peak first; neither mask nor map is made.
+
+        Raises:
+            InputError: as ``pred_mask``.
+        """
+        return find_regions(self.model_map, self.orig_shape, self._mask_value(), self.counted)
+
+    def _mask_value(self) -> float:
         if self._map_scale is None:
             raise InputError(
                 "pred_mask: the engine has no calibration; run `fastad calibrate`, or call "
                 "mask_at(value) with a map value"
             )
-        return self.mask_at((self._map_scale[0] + self._map_scale[1]) / 2)
-
-    def mask_at(self, value: float) -> NDArray[np.bool_]:
-        """bool [H, W] at original size: counting pixels with an anomaly map above ``value``."""
-        mask = _native.threshold_mask(self.anomaly_map, value)
-        return mask if self.counted is None else mask & self.counted
-
-    @cached_property
-    def regions(self) -> tuple[Region, ...]:
-        """Connected parts of ``pred_mask``, highest peak first."""
-        return find_regions(self.anomaly_map, self.pred_mask)
+        return (self._map_scale[0] + self._map_scale[1]) / 2
 
     @property
     def orig_img(self) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Map resize, threshold, connected components and region measurements against plain references."""
+"""Map resize, what is above a threshold, and connected components against plain references."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_threshold_is_strict(threshold: float):
     anomaly_map = random_map((37, 41))
     anomaly_map[3, 5:9] = [threshold, -math.inf, math.inf, math.nan]
     expected = anomaly_map.astype(np.float64) > threshold
-    mask = _native.threshold_mask(anomaly_map, threshold)
+    mask = _native.mask_above(anomaly_map, (37, 41), threshold)
     assert mask.dtype == np.bool_
     np.testing.assert_array_equal(mask, expected)
 
@@ -81,8 +81,56 @@ def test_threshold_is_strict(threshold: float):
 @pytest.mark.parametrize("step", [-1e-12, 0.0, 1e-12])
 def test_threshold_is_not_rounded_to_float32(step: float):
     value = np.float32(0.3)
-    mask = _native.threshold_mask(np.full((1, 1), value), float(value) + step)
+    mask = _native.mask_above(np.full((1, 1), value), (1, 1), float(value) + step)
     assert mask.item() == (step < 0)
+
+
+# What a model gives: mostly low, a few hills. All of one sign, of both, wide, tiny, and broken.
+KINDS = {
+    "hills": lambda size: random_map(size) ** 8,
+    "signs": lambda size: random_map(size) - np.float32(0.5),
+    "negative": lambda size: -random_map(size) * np.float32(1e4),
+    "tiny": lambda size: random_map(size) * np.float32(1e-40),
+    "flat": lambda size: np.full(size, 0.3, np.float32),
+    "broken": lambda size: np.where(random_map(size, 1) < 0.1, np.nan, random_map(size)),
+    "infinite": lambda size: np.where(random_map(size, 2) < 0.1, np.inf, random_map(size)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("counts", [True, False], ids=["all", "part"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "to"), [*SIZES, ((37, 41), (37, 41))], ids=str)
+def test_what_is_above_is_that_of_the_resized_map(
+    size: tuple[int, int], to: tuple[int, int], kind: str, counts: bool
+):
+    anomaly_map = KINDS[kind](size).astype(np.float32)
+    resized = _native.resize_map(anomaly_map, to)
+    counted = None if counts else random_map(to, 5) < 0.7
+    finite = resized[np.isfinite(resized)]
+    # A value that is there, and the floats beside it.
+    levels = [
+        q for at in (0.0, 0.5, 0.97, 1.0) for q in [np.quantile(finite, at, method="nearest")]
+    ]
+    for level in levels:
+        for threshold in (level, np.nextafter(level, np.float32(-9)), np.nextafter(level, np.inf)):
+            expected = resized.astype(np.float64) > float(threshold)
+            expected &= True if counted is None else counted
+            mask = _native.mask_above(anomaly_map, to, float(threshold), counted)
+            np.testing.assert_array_equal(mask, expected)
+            found = _native.regions_above(anomaly_map, to, float(threshold), counted)
+            check_regions(found, expected, resized)
+
+
+def test_a_map_that_is_below_everywhere_has_no_regions():
+    found = _native.regions_above(random_map((64, 64)), (1080, 1920), 1.0)
+    shapes = [(part.dtype.name, part.shape) for part in found]
+    assert shapes == [
+        ("int32", (0, 4)),
+        ("int64", (0,)),
+        ("float32", (0,)),
+        ("float32", (0,)),
+    ]
 
 
 def raster_labels(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -131,47 +179,37 @@ def test_components_equal_scipy(mask: np.ndarray):
     np.testing.assert_array_equal(labels, expected)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_region_stats_equal_a_plain_loop(mask: np.ndarray):
-    anomaly_map = random_map(mask.shape, 3) - np.float32(0.5)
+def check_regions(found: _native.Regions, mask: np.ndarray, anomaly_map: np.ndarray) -> None:
+    """The regions of a mask, measured on a map of its size by SciPy."""
     labels, count = raster_labels(mask)
-    stats = _native.region_stats(labels, count, anomaly_map)
-    boxes, areas, peaks, means = [], [], [], []
-    for label in range(1, count + 1):
-        ys, xs = np.nonzero(labels == label)
-        boxes.append([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-        areas.append(len(xs))
-        peaks.append(anomaly_map[ys, xs].max())
-        means.append(np.float32(math.fsum(anomaly_map[ys, xs].tolist()) / len(xs)))
-    np.testing.assert_array_equal(stats.box, np.array(boxes, np.int32).reshape(-1, 4))
-    np.testing.assert_array_equal(stats.area_px, np.array(areas, np.int64))
-    np.testing.assert_array_equal(stats.peak, np.array(peaks, np.float32))
-    # Sums in float64, so a mean is off by one float32 rounding at most; values within 0.5.
-    np.testing.assert_allclose(stats.mean, np.array(means, np.float32), rtol=0, atol=2.0**-25)
+    slices = scipy.ndimage.find_objects(labels)
+    boxes = [[x.start, y.start, x.stop, y.stop] for y, x in slices]
+    np.testing.assert_array_equal(found.box, np.array(boxes, np.int32).reshape(-1, 4))
+    parts = [anomaly_map[at][labels[at] == i] for i, at in enumerate(slices, 1)]
+    np.testing.assert_array_equal(found.area_px, np.array([len(p) for p in parts], np.int64))
+    np.testing.assert_array_equal(found.peak, np.array([p.max() for p in parts], np.float32))
+    means = [np.float32(math.fsum(p.tolist()) / len(p)) for p in parts]
+    # Sums in float64, so a mean is off by one float32 rounding at most.
+    np.testing.assert_allclose(found.mean, np.array(means, np.float32), rtol=2.0**-23, atol=1e-45)
+    assert len(found.area_px) == count
 
 
-def test_region_stats_of_an_absent_label_are_empty():
-    labels = np.array([[0, 2, 2]], np.int32)
-    stats = _native.region_stats(labels, 2, np.array([[5.0, 1.0, 3.0]], np.float32))
-    assert stats.box.tolist() == [[0, 0, 0, 0], [1, 0, 3, 1]]
-    assert stats.area_px.tolist() == [0, 2]
-    np.testing.assert_array_equal(stats.peak, np.array([np.nan, 3.0], np.float32))
-    np.testing.assert_array_equal(stats.mean, np.array([np.nan, 2.0], np.float32))
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_regions_of_every_shape(mask: np.ndarray):
+    anomaly_map = np.where(mask, random_map(mask.shape, 3) + np.float32(0.5), np.float32(-1))
+    found = _native.regions_above(anomaly_map, mask.shape, 0.0)
+    check_regions(found, mask, anomaly_map)
 
 
-def test_region_stats_have_the_promised_types():
-    stats = _native.region_stats(np.zeros((2, 3), np.int32), 0, random_map((2, 3)))
-    shapes = [(part.dtype.name, part.shape) for part in stats]
-    assert shapes == [
-        ("int32", (0, 4)),
-        ("int64", (0,)),
-        ("float32", (0,)),
-        ("float32", (0,)),
-    ]
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_what_does_not_count_parts_regions(mask: np.ndarray):
+    anomaly_map = random_map(mask.shape, 3) + np.float32(0.5)
+    found = _native.regions_above(anomaly_map, mask.shape, 0.0, mask)
+    check_regions(found, mask, anomaly_map)
 
 
 MAP = random_map((4, 5))
-LABELS = np.zeros((4, 5), np.int32)
+COUNTED = np.ones((8, 9), bool)
 REFUSALS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "float64 map": (_native.resize_map, (MAP.astype(float), (2, 2)), "anomaly_map: .* got float64"),
     "3-D map": (_native.resize_map, (MAP[None], (2, 2)), r"expected float32 \[H, W\].*\[1, 4, 5\]"),
@@ -180,30 +218,33 @@ REFUSALS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "one side": (_native.resize_map, (MAP, 7), r"size: expected \(H, W\), two integers, got 7"),
     "zero side": (_native.resize_map, (MAP, (0, 7)), "size: expected sides of 1"),
     "float side": (_native.resize_map, (MAP, (2.5, 7)), r"size: expected \(H, W\), two integers"),
-    "threshold map": (_native.threshold_mask, (LABELS, 0.5), "expected float32 .* got int32"),
-    "NaN threshold": (_native.threshold_mask, (MAP, math.nan), "threshold: expected a number"),
+    "int map": (
+        _native.mask_above,
+        (MAP.astype(int), (8, 9), 0.5),
+        "expected float32 .* got int64",
+    ),
+    "no size": (_native.mask_above, (MAP, (8,), 0.5), r"size: expected \(H, W\), two integers"),
+    "NaN threshold": (_native.mask_above, (MAP, (8, 9), math.nan), "threshold: expected a number"),
+    "NaN for regions": (
+        _native.regions_above,
+        (MAP, (8, 9), math.nan),
+        "threshold: expected a num",
+    ),
+    "uint8 counted": (
+        _native.regions_above,
+        (MAP, (8, 9), 0.5, COUNTED.astype(np.uint8)),
+        r"counted: expected bool \[H, W\], not empty, got uint8",
+    ),
+    "counted of another size": (
+        _native.mask_above,
+        (MAP, (8, 9), 0.5, COUNTED[:7]),
+        r"counted: expected bool \[8, 9\], got bool \[7, 9\]",
+    ),
     "uint8 mask": (
         _native.connected_components,
         (np.zeros((4, 5), np.uint8),),
         r"mask: expected bool \[H, W\], not empty, got uint8",
     ),
-    "int64 labels": (
-        _native.region_stats,
-        (LABELS.astype(np.int64), 1, MAP),
-        "labels: expected int32 .* got int64",
-    ),
-    "other shape": (
-        _native.region_stats,
-        (LABELS[:3], 1, MAP),
-        "anomaly_map: expected the shape of labels",
-    ),
-    "label above count": (
-        _native.region_stats,
-        (LABELS + 3, 2, MAP),
-        r"labels: expected values in 0..2, got 3..3",
-    ),
-    "negative label": (_native.region_stats, (LABELS - 1, 2, MAP), r"got -1..-1"),
-    "negative count": (_native.region_stats, (LABELS, -1, MAP), "count: expected 0 or more"),
 }
 
 

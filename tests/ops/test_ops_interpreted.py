@@ -50,7 +50,7 @@ def test_postprocess_equals_the_cpu_bit_for_bit(
     ).result()
     expected = native.resize_map(anomaly_map, size)
     np.testing.assert_array_equal(resized, expected)
-    np.testing.assert_array_equal(mask, native.threshold_mask(expected, threshold))
+    np.testing.assert_array_equal(mask, native.mask_above(anomaly_map, size, threshold))
 
 
 def test_broken_features_never_look_normal(interpreter: ProcessPoolExecutor) -> None:
