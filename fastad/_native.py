@@ -227,7 +227,7 @@ def _check_plane(name: str, plane: object, dtype: type[np.generic]) -> None:
         raise InputError(f"{name}: expected {wanted} [H, W], not empty, got {_describe(plane)}")
 
 
-def _check_size(size: object) -> None:
+def _check_size(size: Any) -> None:
     is_pair = isinstance(size, Sequence) and len(size) == 2
     if not is_pair or not all(isinstance(side, int | np.integer) for side in size):
         raise InputError(f"size: expected (H, W), two integers, got {size!r}")
