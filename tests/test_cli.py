@@ -456,7 +456,7 @@ def test_a_pipe_is_written_through_and_stays_a_pipe(
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
     done = cli("predict", texture_engine, holes, "--out", pipe)
-    reader.join(timeout=30)
+    reader.join(timeout=120)
     assert done.code == 0
     assert len(read[0].splitlines()) == 3
     assert pipe.is_fifo()
@@ -481,7 +481,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(texture_engine: Path, holes: 
     child.stdout.close()
     errors = child.stderr.read()
     child.stderr.close()
-    child.wait(timeout=60)
+    child.wait(timeout=120)
     assert "Traceback" not in errors
     assert "error" not in errors.lower()
 
@@ -502,7 +502,7 @@ def test_ctrl_c_leaves_no_file(texture_engine: Path, holes: Path, tmp_path: Path
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=120)
     assert child.returncode not in (0, 1, 3), errors
     assert "Traceback" not in errors
     assert files(tmp_path) == ["maps"]

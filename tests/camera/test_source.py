@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from gated import LONG_S, comes_true
 from loopback import H, W, number_of, picture, write_video
 from numpy.typing import NDArray
 from PIL import Image
@@ -278,8 +279,9 @@ def test_a_finite_mailbox_makes_its_reader_wait_and_closing_frees_it() -> None:
     answers: list[bool] = []
     feeder = threading.Thread(target=lambda: answers.extend(box.put(taken(i)) for i in range(3)))
     feeder.start()
-    feeder.join(0.5)
-    assert feeder.is_alive() and answers == [True, True]
+    assert comes_true(lambda: answers == [True, True])
+    feeder.join(0.2)
+    assert feeder.is_alive()
     box.close()
-    feeder.join(5)
+    feeder.join(LONG_S)
     assert not feeder.is_alive() and answers == [True, True, False]
