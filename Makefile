@@ -9,8 +9,9 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 demo: .venv/ready
 	$(BIN)/fastad demo --out demo
 
+# Two processes: most tests use one core. A file's tests stay together, for what they share.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: .venv/ready
 	$(BIN)/python -m pytest tests/ops -m gpu

@@ -19,8 +19,24 @@ from fastad.predictor import Predictor, load
 from fastad.preprocess import Frame, to_batch
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None and "golden_state" in sys.modules:  # with torch: only if a test has it
+        output["golden"] = sys.modules["golden_state"].errors
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist has compared."""
+    if golden := getattr(node, "workeroutput", {}).get("golden"):
+        import golden_state
+
+        for method, found in golden.items():
+            golden_state.errors.setdefault(method, {}).update(found)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    compared = sys.modules.get("golden_state")  # tests that compare have imported it, with torch
+    compared = sys.modules.get("golden_state")
     if compared and (found := compared.lines()):
         terminalreporter.section("golden parity with the authors' code")
         for line in found:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
-_errors: dict[str, dict[str, float]] = {}  # method -> quantity -> what `relative_error` found
+errors: dict[str, dict[str, float]] = {}  # method -> quantity -> what `relative_error` found
 
 
 def load(method: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, np.ndarray]]:
@@ -29,16 +29,16 @@ def load(method: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, 
 def relative_error(method: str, quantity: str, got: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference / largest value; the end of the test run prints it (`lines`)."""
     error = float(np.abs(got - expected).max() / np.abs(expected).max())
-    _errors.setdefault(method, {})[quantity] = error
+    errors.setdefault(method, {})[quantity] = error
     return error
 
 
 def lines() -> list[str]:
-    """One line per method compared in this process, its worst quantity first."""
+    """One line per method compared, its worst quantity first."""
     return [
         f"{method}: max relative error "
-        + ", ".join(f"{e:.1e} {q}" for q, e in sorted(errors.items(), key=lambda item: -item[1]))
-        for method, errors in sorted(_errors.items())
+        + ", ".join(f"{e:.1e} {q}" for q, e in sorted(found.items(), key=lambda item: -item[1]))
+        for method, found in sorted(errors.items())
     ]
 
 

@@ -316,7 +316,9 @@ def test_lists_and_batches_are_not_single(images: Any) -> None:
     assert (len(sources), single) == (int(len(images) > 0), False)
 
 
-@pytest.mark.parametrize("item", [None, 3, b"a.png", {"a": 1}, iter([])], ids=repr)
+@pytest.mark.parametrize(
+    "item", [None, 3, b"a.png", {"a": 1}, iter([])], ids=lambda each: type(each).__name__
+)
 def test_rejects_other_types_by_position(item: object) -> None:
     with pytest.raises(InputError, match=r"images\[1\]: expected a path, a PIL image"):
         collect([COLOR, item])

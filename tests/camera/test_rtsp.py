@@ -216,4 +216,4 @@ def test_closing_while_a_host_never_answers(
         began = time.monotonic()
         results.close()
         assert time.monotonic() - began < CLOSE_S + LONG_S
-        assert comes_true(lambda: threads_named("fastad") == []), "the reader never left"
+        assert comes_true(lambda: threads_named("fastad reader") == []), "the reader never left"
