@@ -30,6 +30,7 @@ class Streams:
         self._count = count
         self._free = threading.BoundedSemaphore(count)
         self._threads = ThreadPoolExecutor(count, "fastad stream of the runtime")
+        self._submitting = threading.Lock()  # all images of a batch, or none of a closed runtime
 
     def run(self, run: Run, images: NDArray[np.uint8]) -> Outputs:
         """As `fastad.engine.base.Runtime.run`; one image stays on the caller's thread.
@@ -46,7 +47,8 @@ class Streams:
             return self._one(run, images)
         parts = [images[i : i + 1] for i in range(len(images))]
         try:
-            found = self._threads.map(partial(self._one, run), parts)
+            with self._submitting:
+                found = self._threads.map(partial(self._one, run), parts)
         except RuntimeError as error:  # its threads have ended
             raise EngineError("the runtime is closed; load the engine again") from error
         maps, scores = zip(*found, strict=True)
@@ -58,6 +60,8 @@ class Streams:
 
     def close(self) -> None:
         """End the threads; a call in flight finishes first."""
+        with self._submitting:
+            self._threads.shutdown(wait=False)
         self._threads.shutdown()
         for _ in range(self._count):  # those of single images, on threads of their callers
             self._free.acquire()
