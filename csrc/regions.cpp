@@ -107,8 +107,9 @@ class Above {
  public:
   Above(const Enlarged& enlarged, float floor)
       : at_(enlarged),
-        // A value lies between those of the map around it, up to the rounding of three products.
-        limit_(floor - std::abs(floor) * 2e-6f),
+        // A value lies between those of the map around it, up to the rounding of three products,
+        // which next to zero is one of whole subnormal steps.
+        limit_(floor - std::abs(floor) * 2e-6f - 4 * std::numeric_limits<float>::denorm_min()),
         is_same_(at_.in_height == at_.height && at_.in_width == at_.width),
         columns_(lerps(at_.in_width, at_.width)),
         rows_(lerps(at_.in_height, at_.height)),

@@ -317,8 +317,8 @@ class _Trial:
             runtime = None
             report = unusable(self.name, self.precision, self.reference.images, str(error))
         gate = (judge(report, self.limits, self.reference.images),)
-        runtimes, bits = (self.name,), self.weight_bits
-        variant = Variant(member, self.precision, (), runtimes, gate, tuple(kept), bits)
+        bits = self.weight_bits if self.precision.startswith("int8") else 8
+        variant = Variant(member, self.precision, (), (self.name,), gate, tuple(kept), bits)
         return Candidate(runtime, variant, graph)
 
     def _ranked(self, make: Make, layers: Sequence[str]) -> list[tuple[str, ...]]:

@@ -92,6 +92,7 @@ KINDS = {
     "negative": lambda size: -random_map(size) * np.float32(1e4),
     "tiny": lambda size: random_map(size) * np.float32(1e-40),
     "flat": lambda size: np.full(size, 0.3, np.float32),
+    "flat and tiny": lambda size: np.full(size, 3 * 2.0**-149, np.float32),
     "broken": lambda size: np.where(random_map(size, 1) < 0.1, np.nan, random_map(size)),
     "infinite": lambda size: np.where(random_map(size, 2) < 0.1, np.inf, random_map(size)),
 }

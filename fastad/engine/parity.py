@@ -87,7 +87,7 @@ def verify(path: str | PathLike[str]) -> tuple[list[ParityReport], list[str]]:
     runs = [(full.member, str(name), "fp32", MAP_LIMIT) for name in RUNTIMES]
     for variant in lower:
         if reason := why_inexact(variant):
-            absent.append(reason)
+            absent += [f"{report.runtime} {reason}" for report in variant.parity]
             continue
         runs += [(variant.member, r.runtime, r.precision, _limit(r)) for r in variant.parity]
     threshold = manifest.calibration.pooled.value if manifest.calibration else None

@@ -133,9 +133,10 @@ def _fastest(variants: Sequence[Variant], runtime: RuntimeName) -> Choice:
         if report is None or runtime not in variant.runtimes:
             continue
         precision = cast(Precision, variant.precision)
-        reason = _refusal(variant, runtime) or why_unsupported(runtime, precision)
-        if reason := reason or why_inexact(variant):
+        if reason := _refusal(variant, runtime) or why_unsupported(runtime, precision):
             log.info("auto: not %s %s: %s", runtime, precision, reason)
+        elif reason := why_inexact(variant):  # it was fast where it was exported
+            log.warning("auto: not %s %s", runtime, reason)
         elif report.ms_batch1 > least:
             log.info(
                 "auto: not %s %s: %.2f ms at export, fp32 took %.2f",

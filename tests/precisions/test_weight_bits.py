@@ -12,8 +12,10 @@ import onnx
 import pytest
 from fastad.export import export_engine
 from fastad.export.engine import _weight_bits
+from fastad.export.gate import GateImages
+from fastad.export.precision import try_precisions
 from fastad.export.quantize import Quantizer
-from judged import needs_quantizer, variants
+from judged import ANY_LOSS, needs_quantizer, variants
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from textures import FALSE_ALARM_RATE, Textures
@@ -51,7 +53,7 @@ def test_auto_leaves_out_weights_whose_sums_would_saturate(
     exactly: bool,
     runs: bool,
 ) -> None:
-    caplog.set_level(logging.INFO, "fastad")
+    caplog.set_level(logging.WARNING, "fastad")
     monkeypatch.setattr(select, "why_unsupported", lambda *_: None)
     sums(monkeypatch, exactly=exactly)
     found = choose(of_bits(bits, **{"fp32": 10.0, precision: 4.0}), "openvino", "auto", "cpu")
@@ -92,6 +94,16 @@ def test_an_engine_says_how_many_bits_its_weights_have(mixed: Path) -> None:
     assert max(int(np.abs(w.astype(int)).max()) for w in weights) == (127 if bits == 8 else 64)
 
 
+def test_only_int8_has_weights_of_7_bits(graph: bytes, images: GateImages) -> None:
+    found = try_precisions(
+        *(graph, ("int8", "fp16"), images.pixels, images, None, ANY_LOSS), weight_bits=7
+    )
+    bits = {(c.variant.precision, c.variant.weight_bits) for c in found}
+    for candidate in found:
+        candidate.close()
+    assert bits == {("fp32", 8), ("int8", 7), ("fp16", 8)}
+
+
 def test_export_refuses_weights_that_its_cpu_cannot_judge(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -122,7 +134,11 @@ def test_verify_leaves_out_what_cannot_be_judged_here(
     sums(monkeypatch, exactly=False)
     reports, absent = verify(of_8_bits)
     assert {report.precision for report in reports} == {"fp32"}
-    assert any("would saturate" in reason for reason in absent)
+    with read_engine(of_8_bits) as engine:
+        lower = [r for v in engine.manifest.variants for r in v.parity]
+    expected = [f"{r.runtime} int8" for r in lower if r.precision == "int8"]
+    told = [each for each in absent if "would saturate" in each]
+    assert expected and [each.partition(":")[0] for each in told] == expected
 
 
 def test_a_calibration_refuses_what_cannot_be_judged_here(

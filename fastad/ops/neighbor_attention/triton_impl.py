@@ -121,8 +121,7 @@ def neighbor_attention_kernel(
 def tile_sizes(programs_of_16: int, D: int, itemsize: int, processors: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps).
 
-    Counted, not measured: the tallest tile that still gives every multiprocessor two programs, and
-    keys and values of two pipeline stages within 48 KiB.
+    Counted, not measured: the tallest tile that still gives every multiprocessor two programs.
     """
     row_bytes = max(16, D) * itemsize
     heights = (64, 32) if row_bytes <= 128 else (32,) if row_bytes <= 256 else ()
