@@ -28,7 +28,7 @@ BACKBONE = ("config.backbone.name=tf_efficientnet_lite0",)
 METHODS = {  # recipe: what is shorter than in the recipe
     "uniad.quick": (*BACKBONE, "train.epochs=8"),
     "rd4ad.quick": (*BACKBONE, "train.epochs=4"),
-    "intra.quick": ("train.epochs=1", "config.windows_per_image=8"),
+    "intra.quick": ("train.epochs=1", "config.windows_per_image=2", "config.windows_per_visit=2"),
 }
 # The search for int8 layers runs a graph hundreds of times; InTra's takes 24 GFLOP an image.
 PRECISION = {"intra.quick": "fp32"}  # of the others: auto
