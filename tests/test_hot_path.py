@@ -12,7 +12,7 @@ import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,25 @@ def test_closing_streams_waits_for_what_is_in_flight(images: int) -> None:
         closing.result(LONG_S)
         assert len(done) == images
         assert len(running.result(LONG_S)[1]) == images
+
+
+def test_closing_streams_meets_all_images_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        return images.mean(3, np.float32), images.mean((1, 2, 3), np.float32)
+
+    streams = Streams(2)
+    submit, closing = streams._threads.submit, threading.Thread(target=streams.close)
+
+    def interrupted(*arguments: Any) -> Future[Outputs]:
+        if not closing.ident:
+            closing.start()
+            closing.join(0.2)  # it must wait for the other images
+        return submit(*arguments)
+
+    monkeypatch.setattr(streams._threads, "submit", interrupted)
+    assert len(streams.run(run, np.zeros((3, 2, 2, 3), np.uint8))[1]) == 3
+    closing.join(LONG_S)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
