@@ -92,11 +92,20 @@ def test_matrix_peak_covers_what_the_machine_has() -> None:
     rows = matrix_peak.measure((64,), 0.0)
     here = {p for p in matrix_peak.PRECISIONS if why_unsupported(p) is None}
     assert {row["precision"] for row in rows if row["by"] == "openvino"} == here
-    assert {row["precision"] for row in rows if row["by"] == "torch"} == {"fp32", "bf16"}
+    assert {row["precision"] for row in rows if row["by"] == "torch"} == here - {"int8"}
     best = matrix_peak.best(rows)
     assert best["fp32"] == max(
         row["gflop_per_s"] * 1e9 for row in rows if row["precision"] == "fp32"
     )
+
+
+def test_matrix_peak_leaves_out_what_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_bf16(precision: str) -> str | None:
+        return "no bfloat16" if precision == "bf16" else None
+
+    monkeypatch.setattr(matrix_peak, "why_unsupported", without_bf16)
+    assert not matrix_peak.calls("bf16", 64)
+    assert set(matrix_peak.calls("fp32", 64)) == {"openvino", "torch"}
 
 
 def test_product_is_the_product() -> None:
