@@ -59,6 +59,10 @@ def threads() -> int:
     return count
 
 
+# More would mostly wait for each other to wake: a frame takes about a millisecond.
+MOST_THREADS = 8
+
+
 def set_threads(count: int) -> None:
     """Set how many threads work on one call; the default is the CPUs allowed, at most 8.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import weakref
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 from fastad.errors import InputError
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Workers:
@@ -77,14 +80,10 @@ class Workers:
                     return
                 future, work = self._waiting.popleft()
                 self._went.notify()
-            if future.set_running_or_notify_cancel():
-                try:
-                    found = work()
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(found)
-                    del found
+            try:
+                _do(future, work)
+            except BaseException:  # `Future` logs an Exception of a callback, and lets others out
+                log.exception("exception calling callback for %r", future)
             del future, work  # an idle thread holds no image and no result
 
     def close(self, *, cancel: bool = False) -> None:
@@ -116,6 +115,18 @@ class Workers:
     def _leave(self) -> None:
         self._left.add(threading.current_thread())
         self._went.notify_all()
+
+
+def _do(future: Future[T], work: Callable[[], T]) -> None:
+    """Do a piece of work that was not cancelled; callbacks of its future run here."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        found = work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(found)
 
 
 # Daemon threads inside a runtime that is being taken down crash: they end before that.

@@ -88,7 +88,9 @@ class Prediction:
         """bool [H, W] at original size: pixels in the upper half of the calibrated map scale.
 
         A normal image has such pixels in 1 % of cases: the middle of the scale is the 99th
-        percentile of the map's maximum over the calibration images.
+        percentile of the map's maximum over the calibration images. With tiles it has them more
+        often, because that scale is one of whole images and ``threshold=`` does not move it: take
+        ``mask_at(value)``.
 
         Raises:
             InputError: the engine is not calibrated; use ``mask_at(value)``.
@@ -120,6 +122,8 @@ class Prediction:
     def orig_img(self) -> NDArray[np.uint8]:
         """uint8 RGB [H, W, 3] of the original image, read again from its file on each access.
 
+        Read-only, since it may be a view of the caller's array: draw on a copy.
+
         Raises:
             InputError: the file is gone, or now holds an image of another size.
         """
@@ -130,7 +134,9 @@ class Prediction:
                 f"and is {list(frame.size)} now; predict it again"
             )
         pixels = frame.pixels if frame.pixels.ndim == 3 else frame.pixels[..., None].repeat(3, 2)
-        return pixels[..., 2::-1] if frame.swap_red_blue else pixels[..., :3]
+        image = pixels[..., 2::-1] if frame.swap_red_blue else pixels[..., :3]
+        image.flags.writeable = False  # of this view alone
+        return image
 
     def plot(self, *, per_image_scale: bool = False) -> NDArray[np.uint8]:
         """uint8 RGB [H, W, 3]: the image with its heat map and the outline of the mask.

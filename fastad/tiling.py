@@ -51,7 +51,7 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """An image of one size in tiles, row by row; tiles that show nothing that counts are left out.
+    """An image of one size in tiles, row by row, without those whose map reaches nothing counted.
 
     ``counted`` is bool [H, W] of the image's pixels; None where all count.
     """

@@ -520,6 +520,18 @@ def test_stream_prints_a_line_per_image_and_the_end(
     assert lines[-1]["event"] == "end"
 
 
+def test_stream_says_with_its_exit_code_that_a_frame_was_unreadable(
+    cli: Cli, texture_engine: Path, holes: Path, tmp_path: Path
+) -> None:
+    whole = sorted(holes.iterdir())[0]
+    shutil.copy(whole, tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(whole.read_bytes()[:100])
+    done = cli("predict", texture_engine, tmp_path, "--stream")
+    assert done.code == 3
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [line.get("event", "result") for line in lines] == ["result", "unreadable", "end"]
+
+
 def test_stream_refuses_files_to_write(
     cli: Cli, texture_engine: Path, holes: Path, tmp_path: Path
 ) -> None:

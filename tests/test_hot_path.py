@@ -22,7 +22,7 @@ from gated import LONG_S, GatedRuntime, comes_true
 from numpy.typing import NDArray
 from textures import MODEL_SIZE, H, Outcome, Textures, W
 
-from fastad import Prediction, Predictor, load, preprocess
+from fastad import Prediction, Predictor, _native, load, preprocess
 from fastad.engine.base import Outputs
 from fastad.engine.streams import Streams
 from fastad.errors import EngineError, InputError
@@ -265,6 +265,27 @@ def test_closing_streams_waits_for_what_is_in_flight(images: int) -> None:
         assert len(running.result(LONG_S)[1]) == images
 
 
+def test_two_may_close_streams_at_once() -> None:
+    go_on = [threading.Event(), threading.Event()]
+
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        assert go_on[images[0, 0, 0, 0]].wait(LONG_S)
+        return images.mean(3, np.float32), images.mean((1, 2, 3), np.float32)
+
+    streams = Streams(2)
+    images = [np.full((1, 2, 2, 3), i, np.uint8) for i in range(2)]
+    running = [threading.Thread(target=streams.run, args=(run, each)) for each in images]
+    closing = [threading.Thread(target=streams.close, daemon=True) for _ in range(2)]
+    for thread in [*running, *closing]:
+        thread.start()
+    for event in go_on:
+        closing[0].join(0.1)  # both ask meanwhile: each would get one of the two places
+        event.set()
+    for thread in [*running, *closing]:
+        thread.join(LONG_S)
+        assert not thread.is_alive()
+
+
 def test_closing_streams_meets_all_images_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(images: NDArray[np.uint8]) -> Outputs:
         return images.mean(3, np.float32), images.mean((1, 2, 3), np.float32)
@@ -282,6 +303,18 @@ def test_closing_streams_meets_all_images_of_a_batch(monkeypatch: pytest.MonkeyP
     assert len(streams.run(run, np.zeros((3, 2, 2, 3), np.uint8))[1]) == 3
     closing.join(LONG_S)
     assert not closing.is_alive()
+
+
+def test_threads_bound_the_resize_too(texture_engine: Path) -> None:
+    before = _native.threads()
+    try:
+        for threads, expected in ((1, 1), (3, 3), (64, 8)):
+            load(texture_engine, threads=threads).close()
+            assert _native.threads() == expected
+        load(texture_engine).close()
+        assert _native.threads() == 8
+    finally:
+        _native.set_threads(before)
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])

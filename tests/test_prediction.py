@@ -157,6 +157,15 @@ def test_plot_shows_the_image_in_its_colors(form: str) -> None:
     np.testing.assert_array_equal(found.plot(), rgb)
 
 
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+def test_drawing_on_the_original_cannot_change_the_callers_frame(color: str) -> None:
+    frame = np.zeros((10, 12, 3), np.uint8)
+    found = prediction(np.ones((10, 12), np.float32), frame, color=color)
+    with pytest.raises(ValueError, match="read-only"):
+        found.orig_img[:] = 7
+    frame[:] = 7  # it stays the caller's
+
+
 def test_plot_of_a_gray_image_is_rgb() -> None:
     gray = np.random.default_rng(0).integers(0, 256, (10, 12), np.uint8)
     found = prediction(np.ones((10, 12), np.float32), gray)

@@ -48,6 +48,18 @@ def test_gives_what_predict_gives(predictor: Predictor, textures: Textures) -> N
         np.testing.assert_array_equal(found.model_map, known.model_map)
 
 
+def test_a_callback_that_exits_stops_no_thread(
+    opened: Predictor, runtime: GatedRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    futures = filled(opened, runtime)
+    for future in futures[: 2 * THREADS]:
+        future.add_done_callback(lambda _: sys.exit(1))
+    runtime.let(len(futures) + 1)
+    assert opened.submit(frame()).result(LONG_S)
+    assert not wait(futures, LONG_S).not_done
+    assert caplog.text.count("exception calling callback") == 2 * THREADS
+
+
 def test_an_image_is_prepared_while_another_runs(
     opened: Predictor, runtime: GatedRuntime, resized: list[int]
 ) -> None:

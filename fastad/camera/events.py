@@ -21,10 +21,11 @@ class StreamEvent:
     """Something that happened to a source, between two of its results.
 
     Attributes:
-        kind: ``stall``: a live source gives no frames; the sentence says why. ``reconnect``: its
-            frames are back. ``unreadable``: one frame, or the rest of a file, could not be decoded,
-            or ``region`` or ``ignore`` does not fit the frame. ``changed``: frames have another
-            size or type from here on. ``end``: the source gives no more, always the last of it.
+        kind: ``stall``: a live source gives no frames; the sentence says why, or a second event
+            does once that is known. ``reconnect``: its frames are back. ``unreadable``: one frame,
+            or the rest of a file, could not be decoded, or ``region``, ``ignore`` or ``tile`` does
+            not fit the frame. ``changed``: frames have another size or type from here on. ``end``:
+            the source gives no more, always the last of it.
         source: Name of the source, without the password of its address.
         index: Number of the next frame of the source, or of the one that is unreadable.
         message: One sentence for people.
@@ -112,6 +113,13 @@ class Unreadable:
     message: str
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """Data of a live source without a picture; ``message`` says why, where that is known."""
+
+    message: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Shot:
     """A frame that waits for the predictor; ``received`` is on the monotonic clock."""
@@ -150,7 +158,8 @@ class Mailbox:
         self._entries: deque[Entry] = deque()
         self._frames = self._index = 0
         self._lost = self._lost_in_all = 0
-        self._stalled = False
+        self._stalled = self._explained = False
+        self._hint = ""
         self._kind: tuple[Any, ...] | None = None
         self._last_s = 0.0
 
@@ -158,10 +167,15 @@ class Mailbox:
         """Start the clock that notices a stall."""
         self._last_s = time.monotonic()
 
-    def put(self, item: Taken | Unreadable) -> bool:
+    def put(self, item: Taken | Unreadable | Nothing) -> bool:
         """Add what was read; False when nobody wants more. Waits while a finite source is full."""
         received, received_s = time.monotonic(), time.time()
         with self._bell:
+            if isinstance(item, Nothing):
+                self._hint = item.message or self._hint
+                if item.message and self._stalled and not self.closed:
+                    self.stall(f"the data {item.message}")
+                return not self.closed
             while not self.live and len(self._entries) >= self._capacity and not self.closed:
                 self._bell.wait()
             if self.closed:
@@ -175,7 +189,7 @@ class Mailbox:
                 self._give_up_oldest()
             if self._stalled:
                 self._event("reconnect", f"frames again after {received - self._last_s:.1f} s")
-                self._stalled = False
+            self._stalled, self._hint = False, ""
             self._note_kind(item)
             self._last_s = received
             self._entries.append(Shot(item, self.name, self._index, received_s, received))
@@ -190,12 +204,23 @@ class Mailbox:
             self._event("unreadable", message)
 
     def stall(self, reason: str) -> None:
-        """Note that frames stay away; one event for the whole time, however often it is noted."""
+        """Note why frames stay away: one event for the whole time, however often it is noted.
+
+        A second one follows if `silent` was first.
+        """
         with self._bell:
-            if not self._stalled:
-                self._stalled = True
+            if not (self._stalled and self._explained):
+                self._stalled = self._explained = True
                 self._event("stall", reason)
                 self._bell.notify_all()
+
+    def silent(self, seconds: float) -> None:
+        """Note that a live source has given nothing for so long."""
+        with self._bell:
+            hint = f"; the data {self._hint}" if self._hint else ""
+            self._stalled, self._explained = True, bool(hint)
+            self._event("stall", f"no frame for {seconds:.1f} s{hint}")
+            self._bell.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Hand an exception of the caller's own iterable, or a bug, to the reader of the stream."""

@@ -122,11 +122,12 @@ class Batches:
         """
         with self._bell:
             while True:
+                until_s = self._until_stall()  # also while other sources have frames
                 ended = all(reader.mailbox.ended for reader in self._readers)
                 found = self._take()
                 if found or ended or not wait:
                     return found
-                self._bell.wait(self._until_stall())
+                self._bell.wait(until_s)
 
     def _take(self) -> list[Entry]:
         found: list[Entry] = []
@@ -150,8 +151,7 @@ class Batches:
         for box in (reader.mailbox for reader in self._readers):
             silent_s = box.silent_s()
             if silent_s is not None and silent_s >= self._stall_s:
-                box.stall(f"no frame for {silent_s:.1f} s")
-                until_s = 0.0
+                box.silent(silent_s)
             elif silent_s is not None:
                 until_s = min(until_s, self._stall_s - silent_s)
         return until_s

@@ -13,6 +13,7 @@ video file                                finite     PyAV
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fastad.camera.events import Taken, Unreadable
+from fastad.camera.events import Nothing, Taken, Unreadable
 from fastad.errors import FastadError, InputError, UnsupportedError
 from fastad.images import IMAGE_SUFFIXES, expand
 from fastad.levels import ValueRange
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
+    from av.video.stream import VideoStream
 
 OPEN_S = 5.0  # an RTSP handshake took 0.05 to 1.1 s on loopback; cameras on a busy network more
 # The delay of a network camera is mostly in the receiver: with these the first frame came after
@@ -44,13 +46,15 @@ RTSP = {
     "flags": "low_delay",
     "probesize": "32768",
     "analyzeduration": "0",
+    # Sound that goes on would keep a reader from noticing that the pictures stopped.
+    "allowed_media_types": "video",
 }
 EXPECTED = (
     "a folder, a pattern, an image or video file, a camera number, an rtsp:// address, an iterable "
     "of frames, or a list of these"
 )
 
-Item = Taken | Unreadable
+Item = Taken | Unreadable | Nothing
 
 
 class LostError(Exception):
@@ -92,6 +96,8 @@ class Images:
 
 class Video:
     """A video file, a V4L2 camera or a network camera, read by PyAV.
+
+    A file that is cut off is known by the number of frames that it announces: AVI, MP4 and MOV do.
 
     Args:
         name: For results and messages.
@@ -146,6 +152,8 @@ class Video:
     def frames(self) -> Generator[Item]:
         """Each frame, or why it could not be decoded; holds the container until it is closed.
 
+        A live source also tells of data without a picture, so that its reader can be stopped then.
+
         Raises:
             LostError: it cannot be opened or read further.
         """
@@ -157,7 +165,7 @@ class Video:
             stream = container.streams.video[0]
             # Frame threads delay a camera by one frame for each of them.
             stream.thread_type = "SLICE" if self.live else "AUTO"
-            seen, count = False, 0
+            seen, count, end = False, 0, 0
             packets = container.demux(stream)
             while True:
                 try:
@@ -166,20 +174,24 @@ class Video:
                     raise LostError(f"cannot be read further: {_reason(error)}") from None
                 if packet is None:
                     break
-                count += packet.size > 0  # the last one is empty, it only flushes the decoder
+                if packet.size:  # the last one is empty, it only flushes the decoder
+                    count += 1
+                    end = max(end, (packet.pts or packet.dts or 0) + (packet.duration or 0))
                 began = time.perf_counter()
                 try:
                     decoded = packet.decode()
                 except av.FFmpegError as error:
                     # Whoever joins a camera between two key frames cannot decode at first.
-                    if seen or not self.live:
-                        yield Unreadable(f"cannot be decoded: {_reason(error)}")
+                    message = f"cannot be decoded: {_reason(error)}"
+                    yield Unreadable(message) if seen or not self.live else Nothing(message)
                     continue
                 decode_ms = (time.perf_counter() - began) * 1000 / max(len(decoded), 1)
+                if self.live and not decoded:
+                    yield Nothing()
                 for picture in decoded:
                     seen = True
                     yield self._taken(picture, reformatter, decode_ms)
-            if count < stream.frames:  # a truncated file; 0 where none are announced
+            if count < stream.frames and end < _announced_end(container, stream):
                 raise LostError(f"is cut off: it announces {stream.frames} frames, {count} came")
 
     def _taken(
@@ -187,11 +199,18 @@ class Video:
     ) -> Taken | Unreadable:
         if picture.is_corrupt:  # FFmpeg fills the damaged part with what it guesses
             return Unreadable("is damaged")
+        import av
+
         began = time.perf_counter()
-        if not picture.format.name.startswith("gray"):
-            picture = reformatter.reformat(picture, format="rgb24")
         try:
-            sources, _ = collect(picture.to_ndarray(), "rgb", self._value_range)
+            if not picture.format.name.startswith("gray"):
+                picture = reformatter.reformat(picture, format="rgb24")
+            pixels = picture.to_ndarray()
+        except (av.FFmpegError, ValueError) as error:  # a color space that FFmpeg only names
+            why = _reason(error) if isinstance(error, av.FFmpegError) else error
+            return Unreadable(f"cannot be converted to RGB: {why}")
+        try:
+            sources, _ = collect(pixels, "rgb", self._value_range)
         except FastadError as error:
             return Unreadable(str(error))
         source = replace(sources[0], name=self.name)
@@ -203,6 +222,18 @@ class Video:
 
 
 AnySource = Images | Video
+
+
+def _announced_end(container: InputContainer, stream: VideoStream) -> float:
+    """When the last announced frame ends, in units of the stream's time base.
+
+    Fewer frames may come than are announced although none is missing: the edit list of an MP4
+    leaves some out, and an AVI announces those that only repeat the one before. FFmpeg's duration
+    respects the former, but of a truncated AVI it is a guess from the size of the file.
+    """
+    if "mp4" in container.format.name or not stream.average_rate or not stream.time_base:
+        return stream.duration or math.inf
+    return float(stream.frames / stream.average_rate / stream.time_base)
 
 
 def open_sources(
@@ -264,10 +295,10 @@ def _named(text: str, value_range: ValueRange | None, stall_s: float) -> AnySour
                 f"{_without_password(text)}: expected an rtsp:// address; open it with a library "
                 "that knows the camera, and pass its frames as an iterable"
             )
-        _require_av(_without_password(text))
-        return Video(
-            _without_password(text), text, live=True, stall_s=stall_s, value_range=value_range
-        )
+        name = _without_password(text)
+        _require_av(name)
+        address = "rtsp" + text[scheme.end(1) :]  # FFmpeg knows it in small letters only
+        return Video(name, address, live=True, stall_s=stall_s, value_range=value_range)
     path = Path(text)
     if path.is_char_device():
         _require_av(text)
@@ -342,15 +373,31 @@ def _taken(source: Source, time_s: float | None = None, copy: bool = True) -> Ta
     return Taken(source, frame, time_s, (time.perf_counter() - began) * 1000)
 
 
+# A password as a parameter, up to the next one: "&password=secret&", "_password=secret_channel=".
+_PARAMETER = re.compile(
+    r"((?:^|[/?&;_])(?:password|passwd|pass|pwd|token)=).*?(?=[&;#]|_[a-z]+=|$)", re.IGNORECASE
+)
+# What is surely no "user:password": a name or number with a dot, or a name alone; then a port.
+_HOST = re.compile(r"(\[[^\]]*\]|[^:@\[\]]+(\.[^:@\[\]]+)+)(:\d{1,5})?|[^:@\[\]]+")
+
+
 def _without_password(address: str) -> str:
     """The address without user and password, for names and messages.
 
-    Up to the last ``@``: passwords may hold a ``/`` or another ``@``.
+    Those in front of the host go up to the last ``@``: passwords may hold a ``/`` or another ``@``.
+    Recorders also take them as parameters, anywhere behind the host.
 
     >>> _without_password("rtsp://line:sec/ret@10.0.0.5/1")
     'rtsp://10.0.0.5/1'
+    >>> _without_password("rtsp://10.0.0.5:554/user=line&password=secret&channel=1")
+    'rtsp://10.0.0.5:554/user=line&password=***&channel=1'
     """
-    return re.sub(r"(?<=://).*@", "", address)
+    address = _PARAMETER.sub(r"\1***", address)
+    scheme, separator, rest = address.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    if not _HOST.fullmatch(authority):
+        rest = rest.rpartition("@")[2]
+    return scheme + separator + rest
 
 
 def _reason(error: OSError | Exception) -> str:

@@ -64,8 +64,8 @@ def stream(
     loop, ``close()``, Ctrl-C, an exception and the end of the program stop the readers. Closing
     waits for batches that are in the graph, and at most 1 s for the readers. A reader that waits
     inside FFmpeg then ends on its own, within twice ``stall_s``, or while it connects within 5 s or
-    ``stall_s`` if that is more; one that waits inside an iterable ends with the iterable's next
-    frame.
+    ``stall_s`` if that is more; one that waits inside an iterable, or for a V4L2 camera whose
+    driver hangs, ends with the next frame.
 
     Args:
         predictor: An open predictor.
@@ -223,7 +223,7 @@ class _Line:
 
 
 class _Fitted:
-    """Puts an event in place of each frame that the area of a call does not fit.
+    """Puts an event in place of each frame that the area or the tiles of a call do not fit.
 
     The predictor refuses such a batch as a whole, and the good frames of it would be lost.
     """
@@ -234,7 +234,8 @@ class _Fitted:
         self._dropped: Counter[str] = Counter()  # of each source, for its next result
 
     def __call__(self, entry: Entry) -> Entry:
-        if self._aim.inspected is None or not isinstance(entry, Shot):
+        limited = self._aim.inspected is not None or self._aim.tiling is not None
+        if not limited or not isinstance(entry, Shot):
             return entry
         self._dropped[entry.name] += entry.dropped
         try:
@@ -245,12 +246,12 @@ class _Fitted:
 
     def _check(self, shot: Shot) -> None:
         area, size, name = self._aim.inspected, shot.taken.frame.size, shot.taken.source.name
-        if area is None or self._sizes.get(shot.name) == size:
+        if self._sizes.get(shot.name) == size:
             return
         if self._aim.tiling:
-            counted = area.pixels(size, name)
+            counted = area.pixels(size, name) if area is not None else None
             tiling.cut(size, self._model_size, self._aim.tiling, counted, name)
-        else:
+        elif area is not None:
             area.on_map(size, self._model_size, name)
         self._sizes[shot.name] = size
 

@@ -72,8 +72,12 @@ def predict(
         with load(engine, **chosen, threads=threads) as predictor, LineFile(None) as lines:
             source = sources if len(sources) > 1 else sources[0]
             options = {"threshold": threshold, "category": category, "value_range": value_range}
+            whole = True
             for each in predictor.stream(source, events=True, **options, **area):
                 lines.write(json.dumps(each.to_dict()))
+                whole = whole and getattr(each, "kind", "") != "unreadable"
+        if not whole:
+            raise typer.Exit(PARTLY_FAILED)
         return
     paths = expand(sources)
     folders = ImageFolders(paths, overlays=overlays, maps=maps, masks=masks)

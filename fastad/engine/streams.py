@@ -31,6 +31,7 @@ class Streams:
         self._free = threading.BoundedSemaphore(count)
         self._threads = ThreadPoolExecutor(count, "fastad stream of the runtime")
         self._submitting = threading.Lock()  # all images of a batch, or none of a closed runtime
+        self._closing = threading.Lock()  # two that close would each wait for what the other took
 
     def run(self, run: Run, images: NDArray[np.uint8]) -> Outputs:
         """As `fastad.engine.base.Runtime.run`; one image stays on the caller's thread.
@@ -63,7 +64,8 @@ class Streams:
         with self._submitting:
             self._threads.shutdown(wait=False)
         self._threads.shutdown()
-        for _ in range(self._count):  # those of single images, on threads of their callers
-            self._free.acquire()
-        for _ in range(self._count):
-            self._free.release()
+        with self._closing:
+            for _ in range(self._count):  # those of single images, on threads of their callers
+                self._free.acquire()
+            for _ in range(self._count):
+                self._free.release()

@@ -37,14 +37,28 @@ def number_of(pixels: NDArray[np.uint8]) -> int:
     return round((float(pixels.mean()) - 8) / STEP)
 
 
-def write_video(path: Path, frames: int, codec: str = "mpeg4", rate: int = 30) -> Path:
-    """Encode a clip."""
-    with av.open(str(path), "w") as container:
+def write_video(
+    path: Path,
+    frames: int,
+    codec: str = "mpeg4",
+    rate: int = 30,
+    gap: int = 0,
+    colorspace: int = 0,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Encode a clip; ``gap`` is how many frames its second half is late."""
+    with av.open(str(path), "w", options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=rate, options={"bf": "0"})
         stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
         stream.bit_rate, stream.gop_size = 4_000_000, 10
+        stream.codec_context.time_base = Fraction(1, rate)
+        stream.codec_context.colorspace = colorspace or stream.codec_context.colorspace
         for i in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame = frame.reformat(format="yuv420p")
+            frame.pts, frame.time_base = i + gap * (2 * i >= frames), Fraction(1, rate)
+            frame.colorspace = colorspace or frame.colorspace
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
@@ -71,18 +85,28 @@ def encoded_clip(frames: int, size: tuple[int, int]) -> tuple[list[bytes], bytes
 class RtspServer:
     """Serves one looping clip over TCP to any number of readers until `stop`; it can freeze.
 
-    Owns its sockets and threads. With ``user`` it demands that name and ``secret`` as password.
+    Owns its sockets and threads. With ``user`` it demands that name and ``secret`` as password;
+    with ``sound`` a second track goes on while the pictures are frozen; ``units`` replace the
+    coded frames.
     """
 
     def __init__(
-        self, port: int = 0, rate: float = 30.0, size: tuple[int, int] = (H, W), user: str = ""
+        self,
+        port: int = 0,
+        rate: float = 30.0,
+        size: tuple[int, int] = (H, W),
+        user: str = "",
+        sound: bool = False,
+        units: list[bytes] | None = None,
     ) -> None:
         self._units, self._config = encoded_clip(60, size)
-        self._rate, self._user = rate, user
+        self._units = units or self._units
+        self._rate, self._user, self._sound = rate, user, sound
         self._running, self._flowing = threading.Event(), threading.Event()
         self._running.set()
         self._flowing.set()
         self.sent = 0
+        self._writing = threading.Lock()
         self._open: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", port))
         self.port: int = self._listener.getsockname()[1]
@@ -127,21 +151,25 @@ class RtspServer:
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        gone = threading.Event()
-        sender = threading.Thread(target=self._send, args=(connection, gone), name="rtsp sender")
+        gone, tracks = threading.Event(), 0
+        lines = [self._send, self._send_sound]
+        senders = [threading.Thread(target=each, args=(connection, gone)) for each in lines]
         try:
             with contextlib.suppress(OSError, ValueError):
                 for method, headers in requests(connection):
-                    connection.sendall(self._answer(method, headers))
+                    connection.sendall(self._answer(method, headers, tracks))
+                    tracks += method == "SETUP"
                     if method == "PLAY":
-                        sender.start()
+                        for sender in senders[:tracks]:
+                            sender.start()
         finally:
             gone.set()
-            if sender.is_alive():
-                sender.join()
+            for sender in senders:
+                if sender.is_alive():
+                    sender.join()
             connection.close()
 
-    def _answer(self, method: str, headers: dict[str, str]) -> bytes:
+    def _answer(self, method: str, headers: dict[str, str], track: int) -> bytes:
         token = base64.b64encode(f"{self._user}:secret".encode()).decode()
         if self._user and headers.get("authorization") != f"Basic {token}":
             return reply("401 Unauthorized", headers, {"WWW-Authenticate": 'Basic realm="line"'})
@@ -154,8 +182,11 @@ class RtspServer:
                 f"a=fmtp:96 profile-level-id=1;config={self._config.hex()}\r\n"
                 f"a=control:{self.url}/track\r\n"
             )
+            if self._sound:
+                sdp += f"m=audio 0 RTP/AVP 0\r\na=control:{self.url}/sound\r\n"
             return reply("200 OK", headers, {"Content-Type": "application/sdp"}, sdp)
-        transport = {"Transport": "RTP/AVP/TCP;unicast;interleaved=0-1"}
+        channels = f"{2 * track}-{2 * track + 1}"
+        transport = {"Transport": f"RTP/AVP/TCP;unicast;interleaved={channels}"}
         return reply("200 OK", headers, {"Session": "1"} | (transport if method == "SETUP" else {}))
 
     def _send(self, connection: socket.socket, gone: threading.Event) -> None:
@@ -172,9 +203,21 @@ class RtspServer:
                     head = struct.pack(
                         "!BBHII", 0x80, 96 | last << 7, next(sequence) & 0xFFFF, stamp, 1
                     )
-                    packet = head + unit[at : at + 1400]
-                    connection.sendall(b"$\0" + struct.pack("!H", len(packet)) + packet)
+                    self._frame(connection, 0, head + unit[at : at + 1400])
                 self.sent += 1
+
+    def _send_sound(self, connection: socket.socket, gone: threading.Event) -> None:
+        """Silence in G.711, twenty milliseconds a packet."""
+        with contextlib.suppress(OSError):
+            for i in itertools.count():
+                if gone.wait(0.02):
+                    return
+                head = struct.pack("!BBHII", 0x80, 0, i & 0xFFFF, i * 160, 2)
+                self._frame(connection, 2, head + b"\x7f" * 160)
+
+    def _frame(self, connection: socket.socket, channel: int, packet: bytes) -> None:
+        with self._writing:
+            connection.sendall(struct.pack("!cBH", b"$", channel, len(packet)) + packet)
 
 
 def requests(connection: socket.socket) -> Iterator[tuple[str, dict[str, str]]]:

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator
 
 import pytest
+from gated import LONG_S
 from loopback import picture
 
-from fastad.camera.events import Shot, Taken
+from fastad.camera.events import Shot, StreamEvent, Taken
 from fastad.camera.readers import Batches, Reader
 from fastad.preprocess import Source
 
@@ -45,6 +47,26 @@ def test_no_source_is_always_served_first(size: int, expected: str) -> None:
     while entries := batches.next(wait=False):
         served.append("".join(entry.name for entry in entries if isinstance(entry, Shot)))
     assert " ".join(served) == expected
+
+
+def test_a_silent_camera_is_noticed_while_another_has_frames() -> None:
+    bell = threading.Condition()
+    sources = [Still("busy"), Still("silent")]
+    for source in sources:
+        source.live = True
+    busy, _ = readers = [Reader(source, 1, bell, None) for source in sources]
+    batches = Batches(readers, bell, 1, 0.05)
+    for reader in readers:
+        reader.mailbox.begin()
+    (item, *_) = busy.source.frames()
+    found: list[str] = []
+    deadline = time.monotonic() + LONG_S
+    while not found:
+        assert time.monotonic() < deadline
+        busy.mailbox.put(item)
+        came = [each for each in batches.next() if isinstance(each, StreamEvent)]
+        found = [str(each) for each in came if each.source == "silent"]
+    assert "no frame for" in found[0]
 
 
 FORK = """

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gated import LONG_S, comes_true, threads_named
 from loopback import H, RtspServer, W, number_of
@@ -125,6 +126,44 @@ def test_a_camera_that_freezes_is_noticed(predictor: Predictor, camera: RtspServ
     camera.thaw()
     until(results, "reconnect")
     assert result(results).prediction.orig_shape == (H, W)
+
+
+def test_sound_does_not_hide_that_the_pictures_stopped(predictor: Predictor) -> None:
+    with RtspServer(sound=True) as server:
+        results = open_stream(predictor, server.url, stall_s=STALL_S)
+        result(results)
+        server.freeze()
+        while "trying again" not in until(results, "stall").message:
+            pass  # the watch over the frames was first
+        results.close()
+        assert comes_true(lambda: threads_named("fastad reader") == []), "the reader never left"
+
+
+def test_a_camera_that_nothing_can_decode_says_so_and_can_be_left(predictor: Predictor) -> None:
+    noise = [np.random.default_rng(i).bytes(200) for i in range(5)]
+    with RtspServer(units=noise) as server:
+        results = open_stream(predictor, server.url, stall_s=STALL_S)
+        while "the data cannot be decoded: " not in until(results, "stall").message:
+            pass  # the watch over the frames was first
+        results.close()
+        assert comes_true(lambda: threads_named("fastad reader") == []), "the reader never left"
+
+
+def test_why_a_camera_is_lost_is_told_after_its_silence(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "OPEN_S", 2 * STALL_S)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/line"
+        results = open_stream(predictor, address, stall_s=STALL_S, reconnect_s=None)
+        found = [str(each) for each in results]
+    assert "no data came in time" in found[-2] and "ended after 0 frames" in found[-1]
+
+
+def test_an_address_in_capitals_is_one(predictor: Predictor, camera: RtspServer) -> None:
+    results = open_stream(predictor, camera.url.replace("rtsp", "RTSP"))
+    assert result(results).index >= 0
+    results.close()
 
 
 def test_a_camera_that_is_not_there_yet_is_waited_for(predictor: Predictor) -> None:

@@ -16,7 +16,7 @@ from loopback import H, W, number_of, picture, write_video
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastad.camera.events import EVENTS, Mailbox, Shot, StreamEvent, Taken, Unreadable
+from fastad.camera.events import EVENTS, Mailbox, Nothing, Shot, StreamEvent, Taken, Unreadable
 from fastad.camera.source import AnySource, LostError, open_sources
 from fastad.errors import InputError, UnsupportedError
 
@@ -167,8 +167,39 @@ def test_a_video_that_is_cut_off_says_so(tmp_path: Path) -> None:
         list(only(path).frames())
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_clip_for_the_web_that_is_cut_off_says_so(share: float, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", 60, options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(LostError, match="announces 60 frames"):
+        list(only(path).frames())
+
+
 def test_a_whole_video_is_not_called_cut_off(folder: Path) -> None:
     assert len(list(only(folder / "clip.avi").frames())) == 25
+
+
+def test_a_gap_in_time_is_no_cut(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "gap.avi", 20, gap=5)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 25
+    assert numbers(list(only(path).frames())) == list(range(20))
+
+
+def test_what_an_edit_list_leaves_out_is_no_cut(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", 20)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12  # behind the name: version and flags, count, then the duration
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") // 2).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert numbers(list(only(path).frames())) == list(range(10))
+
+
+def test_a_frame_in_a_color_space_without_a_conversion_is_told(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mkv", 3, colorspace=8)  # YCgCo
+    found = list(only(path).frames())
+    assert [type(item) for item in found] == [Unreadable] * 3
+    assert "cannot be converted to RGB: Operation not supported" in str(found[0])
 
 
 REFUSED = {
@@ -239,6 +270,22 @@ def test_names_keep_passwords_to_themselves() -> None:
         open_sources("http://line:sec/ret@10.0.0.5/1")
 
 
+@pytest.mark.parametrize(
+    ("behind", "shown"),
+    [
+        ("/user=line&password=se@c/ret&channel=1", "/user=line&password=***&channel=1"),
+        ("/user=line_password=secret_channel=1", "/user=line_password=***_channel=1"),
+        ("/ch1?user=line&PWD=sec@ret", "/ch1?user=line&PWD=***"),
+        ("/ch1@2", "/ch1@2"),
+    ],
+)
+@pytest.mark.parametrize("host", ["10.0.0.5", "cam-1.line.lan:8554", "[fe80::1]:554"])
+def test_names_keep_passwords_among_parameters_to_themselves(
+    host: str, behind: str, shown: str
+) -> None:
+    assert only(f"rtsp://{host}{behind}").name == f"rtsp://{host}{shown}"
+
+
 def mailbox(capacity: int, live: bool) -> tuple[Mailbox, threading.Condition]:
     bell = threading.Condition()
     return Mailbox("box", capacity, live=live, steady=True, bell=bell), bell
@@ -258,6 +305,32 @@ def test_a_live_mailbox_holds_the_newest_frames_and_counts_the_others() -> None:
         first, second, none = box.take(), box.take(), box.take()
     assert isinstance(first, Shot) and isinstance(second, Shot) and none is None
     assert [(shot.index, shot.dropped) for shot in (first, second)] == [(3, 3), (4, 0)]
+
+
+def test_a_silence_is_told_once_and_so_is_its_reason() -> None:
+    box, bell = mailbox(2, live=True)
+    box.begin()
+    box.silent(1.0)
+    assert box.silent_s() is None
+    for reason in ("no data came in time", "Connection refused"):
+        box.stall(reason)
+    assert box.put(taken(0)) and box.put(Nothing("cannot be decoded"))
+    box.silent(2.0)
+    box.stall("no data came in time")
+    assert box.put(taken(0))
+    box.silent(3.0)
+    for _ in range(2):
+        box.put(Nothing("cannot be decoded"))
+    with bell:
+        found = [box.take() for _ in range(9)]
+    events = [each for each in found if isinstance(each, StreamEvent)]
+    assert [each.message for each in events if each.kind == "stall"] == [
+        "no frame for 1.0 s",
+        "no data came in time",
+        "no frame for 2.0 s; the data cannot be decoded",
+        "no frame for 3.0 s",
+        "the data cannot be decoded",
+    ]
 
 
 def test_a_live_mailbox_that_nobody_reads_keeps_few_events() -> None:

@@ -76,6 +76,13 @@ def test_an_area_too_thin_for_the_map_is_an_event(options: dict[str, Any], kind:
     assert found == {"source[0]": [f"{kind}0", f"{kind}1", "end 2"]}
 
 
+def test_a_frame_of_too_many_tiles_is_an_event(patient: None) -> None:
+    frames = clip(LARGE, (1500, 1500), LARGE)
+    found = looked_at(frames, region=None, tile=16, overlap=0.9, batch=3, queue=20)
+    changes = [each for each in found["source[0]"] if not each.startswith("changed")]
+    assert changes == ["0", "unreadable 1", "2", "end 3"]
+
+
 def test_the_event_says_what_does_not_fit() -> None:
     predictor, _ = fake_predictor((32, 32))
     event = next(predictor.stream(clip(SMALL), region=AREA, events=True))
