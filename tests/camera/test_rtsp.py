@@ -157,7 +157,7 @@ def test_why_a_camera_is_lost_is_told_after_its_silence(
         address = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/line"
         results = open_stream(predictor, address, stall_s=STALL_S, reconnect_s=None)
         found = [str(each) for each in results]
-    assert "no data came in time" in found[-2] and "ended after 0 frames" in found[-1]
+    assert "cannot be opened" in found[-2] and "ended after 0 frames" in found[-1]
 
 
 def test_an_address_in_capitals_is_one(predictor: Predictor, camera: RtspServer) -> None:
