@@ -313,7 +313,7 @@ def test_only_bottleneck_and_decoder_learn() -> None:
 
 def test_loss_falls() -> None:
     model = tiny().train()
-    features = model.features(images(model, 4))
+    features = model.features(images(model, 2))
     optimizer = torch.optim.Adam(model.parameter_groups(5e-3), betas=(0.5, 0.999))
     losses = []
     for _ in range(12):

@@ -27,7 +27,7 @@ QUIET: dict[str, dict[str, Any]] = {
     "uniad": {"backbone": NET, "size": [64, 64], "width": 32, "heads": 2, "ffn_width": 64}
     | {"encoder_layers": 1, "decoder_layers": 1, "window": [3, 3]}
     | {"dropout": 0.0, "jitter_probability": 0.0},
-    "rd4ad": {"backbone": {"name": "resnet18", "taps": [1, 2, 3]}, "size": [64, 64]},
+    "rd4ad": {"backbone": {"name": "mobilenetv2_035", "taps": [1, 2, 3]}, "size": [64, 64]},
     "intra": {"size": [64, 64], "width": 16, "heads": 2, "blocks": 3, "window": 3}
     | {"windows_per_image": 8, "windows_per_visit": 4},
 }
