@@ -149,6 +149,17 @@ def test_a_camera_that_nothing_can_decode_says_so_and_can_be_left(predictor: Pre
         assert comes_true(lambda: threads_named("fastad reader") == []), "the reader never left"
 
 
+def test_a_camera_of_frames_without_a_picture_can_be_left(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "OPEN_S", STALL_S)
+    with RtspServer(units=[b"\0\0\1\xb6\0\0\0"]) as server:  # not coded: as the one before
+        results = open_stream(predictor, server.url, stall_s=STALL_S)
+        until(results, "stall")
+        results.close()
+        assert comes_true(lambda: threads_named("fastad reader") == []), "the reader never left"
+
+
 def test_why_a_camera_is_lost_is_told_after_its_silence(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
