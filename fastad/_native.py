@@ -59,8 +59,7 @@ def threads() -> int:
     return count
 
 
-# More would mostly wait for each other to wake: a frame takes about a millisecond.
-MOST_THREADS = 8
+DEFAULT_THREADS = threads()  # the CPUs allowed, at most 8: more would mostly wait
 
 
 def set_threads(count: int) -> None:

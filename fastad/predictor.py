@@ -55,8 +55,8 @@ def load(
         precision: ``auto`` takes the fastest of those that passed the accuracy gate at export, or
             ``fp32`` where there was none; logger ``fastad`` says which and why. By name: ``fp32``,
             ``bf16``, ``int8``, ``int8-bf16`` or ``fp16``, if the engine holds it.
-        threads: Cores to use; None takes all. Images are resized on as many, 8 at most, by all
-            predictors of the process: the last ``load`` that names a number sets it.
+        threads: Cores to use; None takes all. All predictors of the process resize on as many, 8
+            at most, as the last ``load`` with a number said.
         mode: ``latency``: all cores work on one image, for the shortest time to its result.
             ``throughput``: each core works on an image of its own, for the most images per second
             of lists, streams, `Predictor.submit` and concurrent callers; one image alone then takes
@@ -71,7 +71,7 @@ def load(
     with read_engine(path) as engine:
         opened = open_engine(engine, runtime, precision, device, threads, mode)
         if threads is not None:
-            _native.set_threads(min(threads, _native.MOST_THREADS))
+            _native.set_threads(min(threads, _native.DEFAULT_THREADS))
         return Predictor(engine.manifest, opened)
 
 
@@ -123,17 +123,15 @@ class Predictor:
                 is the largest of the tiles' own; an image that one tile covers is seen as without.
                 Thresholds were calibrated on whole images, and a maximum over many tiles is higher:
                 pass ``threshold=`` with it, which `find_threshold` finds with the same tile.
-                Without one a `FastadWarning` says so. ``pred_mask`` and ``regions`` keep the scale
-                of whole images. `fastad.tiling` states the memory.
+                Without one a `FastadWarning` says so. `fastad.tiling` states the memory.
             overlap: Least share, 0..0.9, of a tile that its neighbour sees too.
             region: What counts, all by default: a bool mask [H, W], the path of a mask image, or a
                 list of boxes (x0, y0, x1, y1) and polygons [(x, y), ...], in pixels of the original
                 image. All else is 0 on ``anomaly_map`` and in no mask or region, and the score is
                 the method's own rule on what counts (`fastad.inspected.peak_and_share`). The
                 network still sees it, and what changes there can colour the map beside it: paint
-                it over with a constant before, for `find_threshold` too. A region moves the scores
-                of normal images, one smaller than the score's window upwards: find its threshold.
-                Tiles whose map reaches nothing that counts do not run.
+                it over with a constant before, for `find_threshold` too. Find a threshold for it:
+                one smaller than the score's window scores higher. Tiles it does not reach are left.
             ignore: What does not count, in the same forms.
 
         Returns:

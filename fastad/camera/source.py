@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from fastad.camera.address import without_password
 from fastad.camera.events import Nothing, Taken, Unreadable
 from fastad.errors import FastadError, InputError, UnsupportedError
 from fastad.images import IMAGE_SUFFIXES, expand
@@ -292,10 +293,10 @@ def _named(text: str, value_range: ValueRange | None, stall_s: float) -> AnySour
     if scheme:
         if scheme[1].lower() != "rtsp":
             raise UnsupportedError(
-                f"{_without_password(text)}: expected an rtsp:// address; open it with a library "
+                f"{without_password(text)}: expected an rtsp:// address; open it with a library "
                 "that knows the camera, and pass its frames as an iterable"
             )
-        name = _without_password(text)
+        name = without_password(text)
         _require_av(name)
         address = "rtsp" + text[scheme.end(1) :]  # FFmpeg knows it in small letters only
         return Video(name, address, live=True, stall_s=stall_s, value_range=value_range)
@@ -371,33 +372,6 @@ def _taken(source: Source, time_s: float | None = None, copy: bool = True) -> Ta
     except FastadError as error:
         return Unreadable(str(error))
     return Taken(source, frame, time_s, (time.perf_counter() - began) * 1000)
-
-
-# A password as a parameter, up to the next one: "&password=secret&", "_password=secret_channel=".
-_PARAMETER = re.compile(
-    r"((?:^|[/?&;_])(?:password|passwd|pass|pwd|token)=).*?(?=[&;#]|_[a-z]+=|$)", re.IGNORECASE
-)
-# What is surely no "user:password": a name or number with a dot, or a name alone; then a port.
-_HOST = re.compile(r"(\[[^\]]*\]|[^:@\[\]]+(\.[^:@\[\]]+)+)(:\d{1,5})?|[^:@\[\]]+")
-
-
-def _without_password(address: str) -> str:
-    """The address without user and password, for names and messages.
-
-    Those in front of the host go up to the last ``@``: passwords may hold a ``/`` or another ``@``.
-    Recorders also take them as parameters, anywhere behind the host.
-
-    >>> _without_password("rtsp://line:sec/ret@10.0.0.5/1")
-    'rtsp://10.0.0.5/1'
-    >>> _without_password("rtsp://10.0.0.5:554/user=line&password=secret&channel=1")
-    'rtsp://10.0.0.5:554/user=line&password=***&channel=1'
-    """
-    address = _PARAMETER.sub(r"\1***", address)
-    scheme, separator, rest = address.partition("://")
-    authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    if not _HOST.fullmatch(authority):
-        rest = rest.rpartition("@")[2]
-    return scheme + separator + rest
 
 
 def _reason(error: OSError | Exception) -> str:

@@ -74,8 +74,9 @@ def predict(
             options = {"threshold": threshold, "category": category, "value_range": value_range}
             whole = True
             for each in predictor.stream(source, events=True, **options, **area):
-                lines.write(json.dumps(each.to_dict()))
-                whole = whole and getattr(each, "kind", "") != "unreadable"
+                found = each.to_dict()
+                lines.write(json.dumps(found))
+                whole = whole and found.get("event") != "unreadable"
         if not whole:
             raise typer.Exit(PARTLY_FAILED)
         return
